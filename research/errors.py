@@ -1,0 +1,26 @@
+"""The one exception a user may see: a mistake told in a line."""
+
+
+class UserError(Exception):
+  """A mistake of the user's: names the field, its value and the fix.
+
+  `research.run.main` and the tools print it as one line on stderr and exit with
+  status 2; everything else is a defect and keeps its traceback.
+  """
+
+  def __init__(self, field: str, value: object, fix: str):
+    self.field, self.value, self.fix = field, value, fix
+    super().__init__(field, value, fix)
+
+  def __str__(self) -> str:
+    return f"{self.field}={self.value}: {self.fix}"
+
+  def under(self, prefix: str) -> "UserError":
+    """The same mistake, its field named from one level further out."""
+    return UserError(f"{prefix}.{self.field}", self.value, self.fix)
+
+
+def check(ok: bool, field: str, value: object, fix: str) -> None:
+  """Raises `UserError(field, value, fix)` unless `ok`."""
+  if not ok:
+    raise UserError(field, value, fix)
