@@ -43,14 +43,14 @@ class Partition:
 
 def _partition(data: str | None, model: str | None) -> Partition:
   return Partition(
-      vector=P(None),
-      per_head=P(model, None),
-      embed=P(model, data),
-      head=P(data, model),
-      qkv=P(data, model, None, None),
-      out=P(model, None, None, data),
-      up=P(data, None, model),
-      down=P(model, data),
+    vector=P(None),
+    per_head=P(model, None),
+    embed=P(model, data),
+    head=P(data, model),
+    qkv=P(data, model, None, None),
+    out=P(model, None, None, data),
+    up=P(data, None, model),
+    down=P(model, data),
   )
 
 
@@ -88,10 +88,10 @@ class MeshConfig:
     free = [axis for axis, size in shape.items() if size == -1]
     check(len(free) <= 1, "+".join(free), -1, "only one axis can take the devices that are left")
     check(
-        self.model == 1 or self.partition == "fsdp_tp",
-        "model",
-        self.model,
-        f"partition={self.partition} leaves the model axis idle; set partition=fsdp_tp or model=1",
+      self.model == 1 or self.partition == "fsdp_tp",
+      "model",
+      self.model,
+      f"partition={self.partition} leaves the model axis idle; set partition=fsdp_tp or model=1",
     )
 
 
@@ -106,10 +106,10 @@ def axis_sizes(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
   if total != n_devices:
     shape = "x".join(str(getattr(cfg, axis)) for axis in AXES)
     raise UserError(
-        "mesh.replica x data x model",
-        shape,
-        f"needs {total} devices and there are {n_devices}; change the mesh"
-        " (on a CPU, JAX_NUM_CPU_DEVICES=N makes N devices)",
+      "mesh.replica x data x model",
+      shape,
+      f"needs {total} devices and there are {n_devices}; change the mesh"
+      " (on a CPU, JAX_NUM_CPU_DEVICES=N makes N devices)",
     )
   return sizes
 
@@ -125,7 +125,7 @@ def abstract_mesh(cfg: MeshConfig, n_devices: int = 1) -> jax.sharding.AbstractM
   """The same mesh without devices, for tracing a config of any size anywhere."""
   sizes = axis_sizes(cfg, n_devices)
   return jax.sharding.AbstractMesh(
-      tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES)
+    tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES)
   )
 
 
@@ -151,10 +151,10 @@ def batch_shard(mesh: jax.sharding.Mesh, process_index: int | None = None) -> tu
   if ok:  # every process on these rows must hold all of them
     ok = all((rows[mine] == p).any(axis=1).all() for p in np.unique(rows[mine]))
   check(
-      bool(ok),
-      "mesh",
-      dict(mesh.shape),
-      f"process {process_index} does not hold one equal slice of the batch axes;"
-      " let replica x data be a multiple of the process count, or model span whole processes",
+    bool(ok),
+    "mesh",
+    dict(mesh.shape),
+    f"process {process_index} does not hold one equal slice of the batch axes;"
+    " let replica x data be a multiple of the process count, or model span whole processes",
   )
   return int(mine[0]) // size, len(rows) // size

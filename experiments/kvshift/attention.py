@@ -1,0 +1,49 @@
+"""KV shifting: each key and value is a learned mix of the current and the previous token's."""
+
+from flax import nnx
+import jax
+from jax import numpy as jnp
+
+from research.mesh import Partition
+from research.models.transformer import TransformerConfig
+from research.nn.precision import POLICIES
+from research.nn.token_shift import shift
+
+
+class KVShift(nnx.Module):
+  """k'_t = a1 k_t + a2 k_{t-1} and v'_t = b1 v_t + b2 v_{t-1}, with scalars of each key-value head.
+
+  Xu, Wang & Chen, "KV Shifting Attention Enhances Language Modeling" (arXiv 2411.19574),
+  equations 4 to 6; a mix for `research.nn.attention.Attention`, so it acts before the
+  rotary embedding, as in the paper's appendix F. There is no previous token at the
+  start of a row (the paper) or of a document (packing, which the paper leaves open).
+
+  key, value: [kv_heads, 2]. Column 0 weighs the previous token (a2, b2), column 1 the
+  current one (a1, b1): the order of the paper's listing, not of its equations.
+  a1, b1 ~ U(0, 1), a2 = 1 - a1, b2 = 1 - b1; free after that.
+  """
+
+  def __init__(self, key: jax.Array, cfg: TransformerConfig, partition: Partition):
+    policy = POLICIES[cfg.precision]
+
+    def coefficients(key):
+      now = jax.random.uniform(key, (cfg.kv_heads,), policy.params)
+      return nnx.Param(jax.reshard(jnp.stack([1 - now, now], axis=1), partition.per_head))
+
+    key_key, value_key = jax.random.split(key)
+    self.key, self.value = coefficients(key_key), coefficients(value_key)
+
+  def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None):
+    """q [batch, length, heads, head_dim] as it is, k and v [batch, length, kv_heads, head_dim] mixed."""
+    return q, mix(k, self.key[...], segment_ids), mix(v, self.value[...], segment_ids)
+
+
+def mix(x: jax.Array, coefficients: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """coefficients[:, 1] x_t + coefficients[:, 0] x_{t-1} by head.
+
+  x [batch, length, kv_heads, head_dim]; coefficients [kv_heads, 2], in whose dtype
+  the sum is taken; identity coefficients (0, 1) return x bit for bit.
+  """
+  previous, current = (coefficients[None, None, :, i, None] for i in (0, 1))
+  y = current * x.astype(coefficients.dtype) + previous * shift(x, segment_ids).astype(coefficients.dtype)
+  return y.astype(x.dtype)

@@ -1,0 +1,286 @@
+"""An experiment's parts, the default update, and the loop every run goes through."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+from jax import P
+from jax import numpy as jnp
+import numpy as np
+import optax
+
+from research import optim
+from research.checkpoint import Checkpoints
+from research.config import RunConfig
+from research.hardware import peak_flops
+from research.mesh import BATCH
+from research.metrics import Mean, add
+from research.writers import Writer
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a paper hands to the library.
+
+  init: key -> model, an nnx module in tree mode, made under the current mesh.
+  loss: (model, batch, key) -> {"loss": Mean, ...}. "loss" is what is minimised; sums
+    and weights, not means, so that micro-batches, shards and batches add up exactly.
+  data: "train" or "validation" -> a grain.IterDataset of this process's rows, as dicts of numpy arrays.
+  evals: further (model) -> {name: number}, run with the validation loss.
+  flops_per_step: model FLOPs of one training step, for utilisation; 0 if unknown.
+  info: what the manifest says of the data.
+  """
+
+  init: Callable[[jax.Array], Any]
+  loss: Callable[[Any, Batch, jax.Array], dict[str, Mean]]
+  data: Callable[[str], Any]
+  tx: optax.GradientTransformation
+  evals: Mapping[str, Callable[[Any], dict[str, float]]] = dataclasses.field(default_factory=dict)
+  flops_per_step: float = 0.0
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "model", "opt", "key"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes. With the data iterator's state, all that a checkpoint holds."""
+
+  step: jax.Array  # int32 scalar, updates made so far
+  model: Any
+  opt: Any
+  key: jax.Array  # the run's key; step t uses fold_in(key, t)
+
+
+class Diverged(Exception):
+  """The loss or the gradients stopped being finite."""
+
+  def __init__(self, step: int, kept: int | None):
+    self.step, self.kept = step, kept
+    last = "no checkpoint was saved before it" if kept is None else f"the last good checkpoint is step {kept}"
+    super().__init__(f"loss or gradients are not finite at step {step}; {last}; lower tx.lr or allow skip_nonfinite")
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, and has saved its state."""
+
+  def __init__(self, step: int):
+    self.step = step
+    super().__init__(f"interrupted; saved at step {step}; run the same command again to go on")
+
+
+def init_state(exp: Experiment, key: jax.Array) -> TrainState:
+  """The state before the first step; traceable."""
+  model_key, run_key = jax.random.split(key)
+  model = exp.init(model_key)
+  return TrainState(jnp.zeros((), jnp.int32), model, exp.tx.init(model), run_key)
+
+
+def abstract_state(exp: Experiment) -> TrainState:
+  """`init_state` as ShapeDtypeStructs with NamedShardings on the current mesh; nothing is allocated."""
+  state = jax.eval_shape(functools.partial(init_state, exp), jax.eval_shape(lambda: jax.random.key(0)))
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def place(x, like=None):
+    like = getattr(x if like is None else like, "sharding", None)
+    spec = P() if like is None else like.spec
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  # optax makes its moments with zeros_like, which forgets where the parameter stands.
+  opt = optax.tree_map_params(exp.tx, place, state.opt, state.model, transform_non_params=place)
+  return dataclasses.replace(jax.tree.map(place, dataclasses.replace(state, opt=None)), opt=opt)
+
+
+def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch: Batch):
+  """One update from one batch, in `cfg.accumulate` micro-batches. Returns (state, metrics).
+
+  Gradients are those of sum(total) / sum(weight) over the whole batch: the same
+  for every accumulation and every mesh.
+  """
+  key = jax.random.fold_in(state.key, state.step)
+
+  def objective(model, batch, key):
+    means = exp.loss(model, batch, key)
+    return means["loss"].total, means
+
+  grad = jax.grad(objective, has_aux=True)
+  if cfg.accumulate == 1:
+    grads, means = grad(state.model, batch, key)
+  else:
+    micro = jax.tree.map(functools.partial(_micro_batches, n=cfg.accumulate), batch)
+    keys = jax.random.split(key, cfg.accumulate)
+    shapes = jax.eval_shape(grad, state.model, *jax.tree.map(lambda x: x[0], (micro, keys)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes)
+    body = lambda sums, xs: (jax.tree.map(jnp.add, sums, grad(state.model, *xs)), None)
+    (grads, means), _ = jax.lax.scan(body, zeros, (micro, keys))
+  weight = jnp.maximum(means["loss"].weight, 1e-9)
+  grads = jax.tree.map(lambda g: g / weight, grads)
+  updates, opt = exp.tx.update(grads, state.opt, state.model)
+  new = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt, state.key)
+  metrics = {name: mean.value for name, mean in means.items()}
+  metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+  if cfg.skip_nonfinite:
+    ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    skipped = dataclasses.replace(state, step=new.step)
+    # keys cannot be selected, and need not be: they never change
+    new = jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, skipped)
+  return new, metrics
+
+
+def fit(
+  exp: Experiment,
+  cfg: RunConfig,
+  checkpoints: Checkpoints,
+  writer: Writer,
+  should_stop: Callable[[int], bool] = lambda step: False,
+  train_step=default_train_step,
+) -> TrainState:
+  """Trains to `cfg.steps` under the current mesh and returns the last state.
+
+  The order of things inside a step is part of the contract: evaluation, then
+  saving, see the state before step t; the iterator is saved before it moves; the
+  metrics of step t are read while step t+1 runs, but always before a save, so that
+  no checkpoint holds a state that a non-finite step has spoilt.
+
+  Raises Diverged, and Interrupted when `should_stop(step)` said so.
+  """
+  abstract = abstract_state(exp)
+  data = iter(exp.data("train"))
+  state, start = _restore(exp, cfg, checkpoints, abstract, data)
+  if start == cfg.steps:
+    return state
+  writer.start(start)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  step_fn = jax.jit(functools.partial(train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None))
+  log = _Log(cfg, exp, writer, checkpoints)
+  evaluate = Evaluator(exp, cfg)
+  step = start
+  while True:
+    last = step == cfg.steps
+    if last or (cfg.eval_every and step % cfg.eval_every == 0):
+      log.flush()
+      writer.write("eval", step, evaluate(state.model))
+      log.restart_clock()
+    if step > start and (last or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
+      log.flush()
+      _save(checkpoints, step, state, data, cfg, writer)
+    if last:
+      break
+    if should_stop(step):
+      log.flush()
+      if step > start or step not in checkpoints.steps():
+        _save(checkpoints, step, state, data, cfg, writer)
+      checkpoints.wait()
+      raise Interrupted(step)
+    batch = to_devices(next(data))
+    state, metrics = step_fn(state, batch)
+    log.push(step, metrics)
+    step += 1
+  checkpoints.wait()
+  return state
+
+
+class Evaluator:
+  """The validation loss and the experiment's own evaluations, compiled once."""
+
+  def __init__(self, exp: Experiment, cfg: RunConfig):
+    self.exp, self.batches = exp, cfg.eval_batches
+    self.means = jax.jit(lambda model, batch: exp.loss(model, batch, jax.random.key(0)))
+
+  def __call__(self, model) -> dict[str, float]:
+    """{"loss": validation loss, ...}: exact means over the split (or its first `eval_batches`)."""
+    total = None
+    for i, batch in enumerate(self.exp.data("validation")):
+      if self.batches and i == self.batches:
+        break
+      means = jax.block_until_ready(self.means(model, to_devices(batch)))
+      total = means if total is None else add(total, means)
+    values = {name: float(mean.value) for name, mean in total.items()}
+    for name, f in self.exp.evals.items():
+      values |= {f"{name}/{k}" if k else name: float(v) for k, v in f(model).items()}
+    return values
+
+
+def to_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """This process's rows as global arrays cut along the batch axes of the current mesh."""
+  mesh = jax.sharding.get_mesh()
+  place = lambda x: jax.make_array_from_process_local_data(
+    jax.NamedSharding(mesh, P(BATCH, *[None] * (x.ndim - 1))), np.asarray(x)
+  )
+  return {name: place(x) for name, x in batch.items()}
+
+
+def _restore(exp, cfg, checkpoints, abstract, data) -> tuple[TrainState, int]:
+  """The newest of: this run's checkpoint, `resume`, `init_from`, a fresh start."""
+  mesh = jax.sharding.get_mesh()
+  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  concrete = jax.tree.map(on_mesh, abstract)
+  restored = checkpoints.restore(concrete)
+  if restored is not None:
+    data.set_state(restored.data_state)
+    return restored.state, restored.step
+  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, concrete))
+  return init(jax.random.key(cfg.seed)), 0
+
+
+def _save(checkpoints, step, state, data, cfg, writer) -> None:
+  writer.flush()  # what is logged before a checkpoint must outlive it
+  checkpoints.save(step, state, data.get_state(), {"seed": cfg.seed, "steps": cfg.steps})
+
+
+def _micro_batches(x: jax.Array, n: int) -> jax.Array:
+  """[batch, ...] -> [n, batch / n, ...]; micro-batch i takes rows i, i+n, ... so that no row changes device."""
+  spec = jax.typeof(x).sharding.spec
+  rows = jax.lax.reshape(x, (x.shape[0] // n, n, *x.shape[1:]), out_sharding=P(spec[0], None, *spec[1:]))
+  return jnp.moveaxis(rows, 1, 0)
+
+
+class _Log:
+  """Reads a step's metrics one step late, watches for non-finite ones, and writes every `log_every`-th."""
+
+  def __init__(self, cfg: RunConfig, exp: Experiment, writer: Writer, checkpoints: Checkpoints):
+    self.cfg, self.exp, self.writer, self.checkpoints = cfg, exp, writer, checkpoints
+    self.schedule = optim.schedule(cfg.tx, cfg.steps)
+    self.peak = peak_flops()
+    self.pending = None
+    self.bad = 0
+    self.restart_clock()
+    # Virtual CPU devices deadlock when steps queue up on few cores.
+    self.block = jax.default_backend() == "cpu"
+
+  def restart_clock(self):
+    self.clock, self.timed = time.perf_counter(), 0
+
+  def push(self, step: int, metrics) -> None:
+    self.flush()
+    self.pending = (step, metrics)
+    if self.block:
+      jax.block_until_ready(metrics)
+
+  def flush(self) -> None:
+    if self.pending is None:
+      return
+    (step, metrics), self.pending = self.pending, None
+    metrics = {name: float(x) for name, x in metrics.items()}
+    self.timed += 1
+    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    self.bad = 0 if finite else self.bad + 1
+    if finite and step % self.cfg.log_every and step + 1 != self.cfg.steps:
+      return
+    now = time.perf_counter()
+    seconds = (now - self.clock) / self.timed
+    self.clock, self.timed = now, 0
+    metrics |= {"lr": float(self.schedule(step)), "step_seconds": seconds}
+    metrics["tokens_per_second"] = self.cfg.batch * self.cfg.length / seconds
+    if self.peak and self.exp.flops_per_step:
+      metrics["mfu"] = self.exp.flops_per_step / seconds / self.peak
+    self.writer.write("train", step, metrics)
+    if self.bad > self.cfg.skip_nonfinite:
+      self.checkpoints.wait()
+      self.writer.flush()
+      raise Diverged(step, max(self.checkpoints.steps(), default=None))

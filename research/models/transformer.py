@@ -1,0 +1,190 @@
+"""The decoder-only transformer of the zoo, in the Llama family.
+
+Pre-norm blocks of grouped-query attention and SwiGLU with RMSNorm and rotary
+positions (Touvron et al., 2023, arXiv 2302.13971). Layers are stacked along a
+leading axis of every parameter, whether they are then scanned or unrolled.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import jax
+from jax import numpy as jnp
+
+from research.errors import check
+from research.kernels.cross_entropy.api import cross_entropy
+from research.kernels.dispatch import platform
+from research.mesh import HIDDEN, MeshConfig, PARTITIONS, Partition
+from research.metrics import Mean
+from research.nn.attention import Attention
+from research.nn.init import fan_in
+from research.nn.mlp import SwiGLU
+from research.nn.norms import RMSNorm
+from research.nn.precision import POLICIES
+
+REMAT = {
+  "none": lambda f: f,
+  "full": jax.checkpoint,  # keep a layer's input only
+  "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Sizes and execution of the decoder. Raises UserError on sizes that do not fit together."""
+
+  vocab: int = 256
+  width: int = 128
+  layers: int = 2
+  heads: int = 4
+  kv_heads: int = 4
+  head_dim: int = 32
+  mlp_width: int = 384
+  rope_base: float = 10000.0
+  norm_eps: float = 1e-5
+  qk_norm: bool = False
+  tie_embeddings: bool = False
+  precision: Literal["float32", "bfloat16"] = "bfloat16"
+  remat: Literal["none", "full", "dots"] = "none"
+  layer_loop: Literal["auto", "scan", "unroll"] = "auto"  # auto: unroll on CPU, where it is faster, else scan
+  attention_kernel: Literal["auto", "reference", "xla", "splash", "cudnn"] = "auto"
+
+  def __post_init__(self):
+    for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    check(self.heads % self.kv_heads == 0, "heads", self.heads, f"must be a multiple of kv_heads={self.kv_heads}")
+    check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: rotary positions turn pairs")
+    check(self.rope_base > 1, "rope_base", self.rope_base, "must be larger than 1, e.g. 10000")
+    check(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive, e.g. 1e-5")
+
+  def check_mesh(self, mesh: dict[str, int], partition: str) -> None:
+    """Raises UserError where a size does not divide by the mesh axis it is cut along."""
+    if partition == "fsdp_tp":
+      for name in ("vocab", "kv_heads", "mlp_width"):
+        size = getattr(self, name)
+        check(size % mesh["model"] == 0, f"model.{name}", size, f"must divide by mesh.model={mesh['model']}")
+    if partition != "replicated":
+      check(self.width % mesh["data"] == 0, "model.width", self.width, f"must divide by mesh.data={mesh['data']}")
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, key: jax.Array, cfg: TransformerConfig, partition: Partition, mix: Callable | None):
+    policy = POLICIES[cfg.precision]
+    # Residual branches start smaller with depth (Radford et al., 2019).
+    out_scale = (2 * cfg.layers) ** -0.5
+    attention_key, mlp_key = jax.random.split(key)
+    self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps, policy)
+    self.attention = Attention(
+      attention_key,
+      width=cfg.width,
+      heads=cfg.heads,
+      kv_heads=cfg.kv_heads,
+      head_dim=cfg.head_dim,
+      rope_base=cfg.rope_base,
+      out_scale=out_scale,
+      qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
+      partition=partition,
+      policy=policy,
+      # a key of its own: the shared weights start the same with and without it
+      mix=None if mix is None else mix(jax.random.fold_in(key, 0), cfg, partition),
+      implementation=None if cfg.attention_kernel == "auto" else cfg.attention_kernel,
+    )
+    self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps, policy)
+    self.mlp = SwiGLU(
+      mlp_key, width=cfg.width, hidden=cfg.mlp_width, out_scale=out_scale, partition=partition, policy=policy
+    )
+
+  def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    x = x + self.attention(self.attention_norm(x), segment_ids, positions)
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nnx.Module):
+  """Embedding, `layers` blocks, final norm, head. Build it under `jax.set_mesh`.
+
+  `mix(key, cfg, partition)`, if given, builds the module each layer applies to its
+  raw (q, k, v); see `research.nn.attention`.
+  """
+
+  def __init__(
+    self,
+    key: jax.Array,
+    cfg: TransformerConfig,
+    partition: str = MeshConfig.partition,
+    mix: Callable | None = None,
+  ):
+    specs, policy = PARTITIONS[partition](), POLICIES[cfg.precision]
+    embed_key, head_key, blocks_key = jax.random.split(key, 3)
+    self.embed = nnx.Param(fan_in(embed_key, (cfg.vocab, cfg.width), cfg.width, policy.params, specs.embed), table=True)
+    self.blocks = jax.vmap(lambda k: Block(k, cfg, specs, mix))(jax.random.split(blocks_key, cfg.layers))
+    self.norm = RMSNorm(cfg.width, cfg.norm_eps, policy)
+    if cfg.tie_embeddings:
+      self.head = None
+    else:
+      head = fan_in(head_key, (cfg.width, cfg.vocab), cfg.width, policy.params, specs.head)
+      self.head = nnx.Param(head, table=True)
+    self.cfg = cfg
+
+  def __call__(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """tokens, segment_ids, positions int32 [batch, length] -> final hidden states [batch, length, width]."""
+    policy = POLICIES[self.cfg.precision]
+    x = policy.weight(self.embed[...]).at[tokens].get(out_sharding=HIDDEN)
+    f = REMAT[self.cfg.remat](lambda block, x: block(x, segment_ids, positions))
+    if _scans(self.cfg.layer_loop):
+      x, _ = jax.lax.scan(lambda x, block: (f(block, x), None), x, self.blocks)
+    else:
+      for block in _unstack(self.blocks, self.cfg.layers):
+        x = f(block, x)
+    return self.norm(x)
+
+  def head_weight(self) -> jax.Array:
+    """The output projection [width, vocab] in the compute dtype, gathered along `data`."""
+    policy = POLICIES[self.cfg.precision]
+    return policy.weight(self.embed[...]).T if self.head is None else policy.weight(self.head[...])
+
+  def logits(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """float32 logits [batch, length, vocab]. Holds them all: for evaluation and small batches."""
+    x = self(tokens, segment_ids, positions)
+    return jnp.einsum("btd,dv->btv", x, self.head_weight(), preferred_element_type=jnp.float32)
+
+
+def next_token_loss(model: Transformer, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, Mean]:
+  """Cross-entropy in nats of `targets` under the model, weighted by `weights`.
+
+  batch: tokens, targets, segment_ids, positions int32 and weights float32, all [batch, length].
+  """
+  del key  # deterministic
+  x = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+  total = cross_entropy(x, model.head_weight(), batch["targets"], batch["weights"])
+  return {"loss": Mean(total, jnp.sum(batch["weights"]))}
+
+
+def flops_per_token(cfg: TransformerConfig, length: int) -> dict[str, float]:
+  """Model FLOPs a token of one training step (forward x 3), by part, at rows of `length` tokens.
+
+  Counts the matrix products only, as is usual for MFU, and attention at its causal
+  cost: a token sees (length + 1) / 2 others on average. No recomputation is counted.
+  """
+  heads_width = cfg.heads * cfg.head_dim
+  forward = {
+    "attention projections": 2 * cfg.layers * cfg.width * (2 * heads_width + 2 * cfg.kv_heads * cfg.head_dim),
+    "attention scores": 2 * cfg.layers * 2 * heads_width * (length + 1) / 2,
+    "mlp": 2 * cfg.layers * 3 * cfg.width * cfg.mlp_width,
+    "head": 2 * cfg.width * cfg.vocab,
+  }
+  return {name: 3.0 * flops for name, flops in forward.items()}
+
+
+def _scans(layer_loop: str) -> bool:
+  return platform() != "cpu" if layer_loop == "auto" else layer_loop == "scan"
+
+
+def _unstack(blocks: Block, layers: int) -> list[Block]:
+  # split, not indexing: its transpose is one concatenation instead of `layers` padded sums
+  split = lambda p: [jnp.squeeze(s, 0) for s in jax.lax.split(p, [1] * layers)]
+  leaves, structure = jax.tree.flatten(blocks)
+  return [jax.tree.unflatten(structure, layer) for layer in zip(*map(split, leaves), strict=True)]

@@ -1,0 +1,27 @@
+"""Feed-forward layers."""
+
+from flax import nnx
+import jax
+from jax import numpy as jnp
+
+from research.mesh import HIDDEN, Partition
+from research.nn.init import fan_in
+from research.nn.precision import Policy
+
+
+class SwiGLU(nnx.Module):
+  """down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202); gate and up are one matrix [width, 2, hidden]."""
+
+  def __init__(self, key, *, width: int, hidden: int, out_scale: float, partition: Partition, policy: Policy):
+    up_key, down_key = jax.random.split(key)
+    self.up = nnx.Param(fan_in(up_key, (width, 2, hidden), width, policy.params, partition.up), matrix=((-3,), (-1,)))
+    self.down = nnx.Param(
+      fan_in(down_key, (hidden, width), hidden, policy.params, partition.down, out_scale), matrix=((-2,), (-1,))
+    )
+    self.policy = policy
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [batch, length, width] -> [batch, length, width]."""
+    y = jnp.einsum("btd,dcf->btcf", x, self.policy.weight(self.up[...]))
+    y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+    return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.down[...]), out_sharding=HIDDEN)

@@ -1,0 +1,114 @@
+"""Optimisers by name: an optax chain of clipping, update rule, weight decay and schedule."""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import jax
+import optax
+
+from research.errors import check
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW or Muon under a warm-up and a constant, cosine or warm-up-stable-decay schedule.
+
+  Weight decay applies to parameters whose metadata says `matrix` or `table` (weights,
+  embeddings), not to norms, biases and per-head scalars. `decay` is the fraction of the run in which
+  `wsd` falls (linearly) to `final`, a fraction of `lr`, as does `cosine`.
+  """
+
+  name: Literal["adamw", "muon"] = "adamw"
+  lr: float = 1e-3
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip: float = 1.0  # largest global norm of the gradients; 0: no clipping
+  schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+  warmup: int = 100  # steps of linear warm-up
+  decay: float = 0.2
+  final: float = 0.1
+
+  def __post_init__(self):
+    for name in ("lr", "eps"):
+      check(getattr(self, name) > 0, name, getattr(self, name), "must be positive, e.g. 3e-4")
+    for name in ("b1", "b2"):
+      check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
+    for name in ("weight_decay", "clip", "warmup"):
+      check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+    for name in ("decay", "final"):
+      check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
+
+
+def schedule(cfg: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
+  """The learning rate by step: linear warm-up to `peak` (default cfg.lr), then cfg.schedule until `steps`."""
+  peak = cfg.lr if peak is None else peak
+  rest = max(steps - cfg.warmup, 1)
+  if cfg.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif cfg.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, rest, cfg.final)
+  else:
+    fall = min(max(round(cfg.decay * steps), 1), rest)
+    after = optax.join_schedules(
+      [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * cfg.final, fall)], [rest - fall]
+    )
+  # Step 0 already moves: the warm-up starts at peak / warmup, not at zero.
+  warm = optax.linear_schedule(peak / max(cfg.warmup, 1), peak, max(cfg.warmup - 1, 1))
+  return optax.join_schedules([warm, after], [cfg.warmup])
+
+
+def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """The optax chain of `cfg` for a run of `steps` steps over a tree of nnx modules."""
+
+  def decays(model):
+    return _label(model, lambda meta: "matrix" in meta or "table" in meta)
+
+  return optax.chain(
+    optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+    _muon(cfg) if cfg.name == "muon" else optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+    optax.add_decayed_weights(cfg.weight_decay, decays),
+    optax.scale_by_learning_rate(schedule(cfg, steps)),
+  )
+
+
+def _variables(model) -> list[nnx.Variable]:
+  """The variables of `model`, less those that optax has masked out."""
+  leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return [v for v in leaves if jax.tree.leaves(v)]
+
+
+def _label(model, f):
+  """A tree like `model` with `f(metadata of the parameter)` at each array."""
+  return jax.tree.unflatten(jax.tree.structure(model), [f(v.get_metadata()) for v in _variables(model)])
+
+
+def _muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  """Muon (Jordan et al., 2024) on the matrices of the layers, Adam on the rest.
+
+  Parameters name their (input axes, output axes) in the metadata `matrix`; other
+  axes (layers, heads) are batch axes. Updates of matrices get Adam's usual root
+  mean square of 0.2 (Liu et al., 2025, arXiv 2502.16982), so that both share one
+  learning rate and weight decay.
+  """
+
+  def axes(model):
+    return _label(model, lambda meta: optax.contrib.MuonDimensionNumbers(*meta["matrix"]))
+
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
+    optax.contrib.scale_by_shape(weight_dimension_numbers=axes, consistent_rms=0.2),
+  )
+
+  def update(updates, state, params=None):
+    # Newton-Schulz contracts whichever axes are sharded: leave the collectives to the compiler.
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+    return jax.sharding.auto_axes(muon.update, out_sharding=specs)(updates, state)
+
+  rules = {
+    "muon": optax.GradientTransformation(muon.init, update),
+    "adam": optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+  }
+  return optax.partition(rules, lambda model: _label(model, lambda meta: "muon" if "matrix" in meta else "adam"))

@@ -1,0 +1,93 @@
+"""Figures, tables and `results.json` from a workdir's JSON lines. Shared by the experiments' reports."""
+
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+import shlex
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+import numpy as np
+
+from research import writers
+
+# Okabe and Ito's palette: told apart by everyone, and in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+
+
+def curves(workdir: pathlib.Path, metric: str, kind: str = "eval") -> dict[str, dict[int, list[tuple[int, float]]]]:
+  """{arm: {seed: [(step, value), ...]}} of a metric in `metrics.jsonl`; non-finite values are nan."""
+  out: dict = {}
+  for r in writers.read(workdir / "metrics.jsonl"):
+    if r["kind"] == kind and metric in r:
+      value = float("nan") if r[metric] is None else r[metric]
+      out.setdefault(r["arm"], {}).setdefault(r["seed"], []).append((r["step"], value))
+  return out
+
+
+def draw(ax, by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], labels: Mapping[str, str]) -> None:
+  """One line an arm: the mean over seeds, in a band from the smallest to the largest."""
+  for i, (arm, seeds) in enumerate(by_arm.items()):
+    steps = sorted(set.intersection(*({step for step, _ in points} for points in seeds.values())))
+    values = np.array([[dict(points)[step] for step in steps] for points in seeds.values()])
+    ax.plot(
+      steps,
+      values.mean(0),
+      color=COLOURS[i % len(COLOURS)],
+      marker=MARKERS[i % len(MARKERS)],
+      markersize=4,
+      markevery=max(len(steps) // 12, 1),
+      label=labels.get(arm, arm),
+    )
+    ax.fill_between(steps, values.min(0), values.max(0), color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
+
+
+def figure(columns: int = 1) -> tuple[Figure, Any]:
+  """A figure of `columns` panels side by side and its axes, in the house style."""
+  fig = Figure(figsize=(0.8 + 4.6 * columns, 3.8), layout="constrained")
+  FigureCanvasAgg(fig)
+  axes = fig.subplots(1, columns)
+  for ax in np.atleast_1d(axes):
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+  return fig, axes
+
+
+def final(by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]) -> dict[str, dict[int, float]]:
+  """{arm: {seed: the last value}}."""
+  return {arm: {seed: points[-1][1] for seed, points in seeds.items()} for arm, seeds in by_arm.items()}
+
+
+def spread(values: Sequence[float]) -> str:
+  """'mean ± standard deviation' over seeds (n - 1 in the denominator), or the one value."""
+  return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """A Markdown table, its columns aligned for the terminal."""
+  cells = [[str(c) for c in row] for row in (header, *rows)]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+  line = lambda row: "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+  return "\n".join([line(cells[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells[1:])])
+
+
+def write_results(workdir: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
+  """Writes `report/results.json`: the results and where they come from. Returns its path."""
+  manifest = json.loads((workdir / "manifest.json").read_text())
+  launch = manifest["launches"][-1]
+  arguments = [a for a in launch["argv"][1:] if not a.startswith("--workdir")]
+  record = {
+    "command": shlex.join(["python", "-m", f"experiments.{manifest['config']['experiment']}", *arguments]),
+    "commit": launch["git"],
+    "seeds": manifest["config"]["seeds"],
+    "hardware": {**launch["host"], "devices": launch["devices"]},
+    "python": launch["python"],
+    "versions": launch["versions"],
+    "data": manifest["data"],
+    "results": results,
+  }
+  path = workdir / "report" / "results.json"
+  path.write_text(json.dumps(record, indent=1) + "\n")
+  return path

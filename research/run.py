@@ -1,0 +1,157 @@
+"""From a command line to trained models: `python -m experiments.NAME --config=FILE.py:ARG --workdir=DIR`.
+
+Exit status: 0 done; 2 a mistake in the command, told in one line; 3 the loss is not
+finite; 75 (EX_TEMPFAIL) interrupted by SIGTERM or Ctrl-C after saving: run it again.
+"""
+
+import argparse
+import fcntl
+import math
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+
+from research import config, manifest, mesh as meshes
+from research.checkpoint import Checkpoints
+from research.errors import UserError, check
+from research.fit import Diverged, Interrupted, fit
+from research.writers import Writer
+
+EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 75
+
+
+def main(build, report=None) -> None:
+  """Runs every arm and seed of the config named on the command line, then `report(workdir, cfg)`.
+
+  build: a single run's config -> Experiment. Called for every run, under its mesh,
+  before the first of them compiles anything.
+  """
+  try:
+    run(build, report, sys.argv[1:])
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(EXIT_USER)
+  except Diverged as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(EXIT_DIVERGED)
+  except Interrupted as e:
+    print(e, file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def run(build, report, argv: list[str]) -> None:
+  args, overrides = parse_args(argv)
+  cfg = config.load(args.config, overrides)
+  workdir = pathlib.Path(args.workdir or default_workdir(cfg.experiment, args.config))
+  compilation_cache()
+  stop = StopSignal()
+  singles = config.expand(cfg)
+  jobs = [(arm, single, *prepare(build, single)) for arm, single in singles]
+  with lock(workdir):
+    manifest.open_workdir(workdir, cfg, overrides, jobs[0][3].info)
+    for arm, single, mesh, exp in jobs:
+      ckpt_cfg = single.checkpoint
+      directory = workdir / "checkpoints" / f"{arm}-{single.seed}"
+      writer = Writer(workdir, arm, single.seed, single.steps)
+      try:
+        with jax.set_mesh(mesh), Checkpoints(directory, ckpt_cfg.keep_last, ckpt_cfg.keep_every) as checkpoints:
+          fit(exp, single, checkpoints, writer, stop)
+      finally:
+        writer.close()
+    if report is not None and jax.process_index() == 0:
+      (workdir / "report").mkdir(exist_ok=True)
+      report(workdir, cfg)
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """(--config and --workdir, overrides "a.b=c"). Raises UserError on anything else."""
+
+  class Parser(argparse.ArgumentParser):
+    def error(self, message):
+      raise UserError("command line", " ".join(argv) or "(empty)", message)
+
+  parser = Parser(allow_abbrev=False, description="Any field of the config can be set: --config.tx.lr=3e-4")
+  parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
+  parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
+  overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+  args, rest = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
+  if rest:
+    raise UserError("command line", rest[0], "unknown argument; settings are given as --config.NAME=VALUE")
+  return args, overrides
+
+
+def default_workdir(experiment: str, spec: str) -> str:
+  """runs/<experiment>/<config file>[-<arg>]: the same command finds its own work again."""
+  path, _, arg = spec.partition(":")
+  name = pathlib.Path(path).stem + (f"-{arg}" if arg else "")
+  return os.path.join("runs", experiment, name.replace("=", "-").replace(",", "-"))
+
+
+def prepare(build, cfg: config.RunConfig):
+  """(mesh, experiment) of a single run. Raises UserError for what does not fit, before any compile."""
+  try:
+    devices = jax.devices()
+  except RuntimeError as e:
+    raise UserError("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", ""), str(e).split("\n")[0]) from None
+  mesh = meshes.make_mesh(cfg.mesh, devices)
+  shards = math.prod(mesh.shape[axis] for axis in meshes.BATCH)
+  check(
+    cfg.batch % (shards * cfg.accumulate) == 0,
+    "batch",
+    cfg.batch,
+    f"must be a multiple of mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate}",
+  )
+  with jax.set_mesh(mesh):
+    return mesh, build(cfg)
+
+
+def compilation_cache() -> None:
+  """Compiled programs are kept in $REPRISE_CACHE (default ~/.cache/reprise), for the next run's start."""
+  root = os.environ.get("REPRISE_CACHE") or os.path.expanduser("~/.cache/reprise")
+  jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class StopSignal:
+  """Notes SIGTERM and Ctrl-C for the loop to act on between steps; a second one acts at once."""
+
+  def __init__(self):
+    self.asked = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._note)
+
+  def _note(self, number, frame):
+    self.asked = True
+    signal.signal(number, signal.SIG_DFL)
+    os.write(2, b"\nstopping after this step, to save; once more to stop at once\n")
+
+  def __call__(self, step: int) -> bool:
+    """Whether to stop before `step`. All processes get the same answer."""
+    if jax.process_count() == 1:
+      return self.asked
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+class lock:
+  """Makes `workdir` and holds it for this process alone. Raises UserError if it cannot be had."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self.workdir = workdir
+
+  def __enter__(self):
+    try:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      self.file = (self.workdir / ".lock").open("w")
+    except OSError as e:
+      raise UserError("workdir", self.workdir, f"cannot be written: {e.strerror}") from None
+    try:
+      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise UserError("workdir", self.workdir, "another run is writing there; use another --workdir") from None
+
+  def __exit__(self, *exc):
+    self.file.close()

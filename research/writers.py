@@ -1,0 +1,119 @@
+"""Where a run's numbers go: JSON lines (the truth), TensorBoard beside them, a line or a bar for people."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Writer:
+  """Writes the metrics of one run (an arm and a seed) into its workdir.
+
+  All runs of a workdir share `metrics.jsonl`; every line has arm, seed, kind
+  ("train" or "eval") and step, the number of updates made before it. Only process
+  0 writes.
+  """
+
+  def __init__(self, workdir: pathlib.Path, arm: str, seed: int, steps: int, quiet: bool = False):
+    self.path = workdir / "metrics.jsonl"
+    self.board_dir = workdir / "tensorboard" / f"{arm}-{seed}"
+    self.run = {"arm": arm, "seed": seed}
+    self.steps, self.quiet = steps, quiet
+    self.active = jax.process_index() == 0
+    self.file = self.board = self.bar = None
+
+  def start(self, step: int) -> None:
+    """Opens the files for a run that (re)starts at `step`; lines it will write again are dropped."""
+    self.first, self.started = step, time.perf_counter()
+    if not self.active:
+      return
+    kept = [r for r in read(self.path) if not (r.items() >= self.run.items() and r["step"] >= step)]
+    temporary = self.path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    temporary.replace(self.path)
+    self.file = self.path.open("a")
+    self.board = SummaryWriter(str(self.board_dir), purge_step=step)
+    if sys.stderr.isatty() and not self.quiet:
+      self.bar = tqdm(total=self.steps, initial=step, desc=self._name(), unit="step", dynamic_ncols=True)
+
+  def write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+    """One JSON line, one TensorBoard point a metric, and the terminal."""
+    if self.file is None:
+      return
+    numbers = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+    self.file.write(json.dumps({**self.run, "kind": kind, "step": step, **numbers}) + "\n")
+    self.file.flush()
+    for name, value in metrics.items():
+      self.board.add_scalar(f"{kind}/{name}", value, step)
+    if not self.quiet:
+      self._show(kind, step, metrics)
+
+  def flush(self) -> None:
+    """Returns once everything written is on disk."""
+    if self.file is not None:
+      self.file.flush()
+      os.fsync(self.file.fileno())
+      self.board.flush()
+
+  def close(self) -> None:
+    if self.file is not None:
+      self.flush()
+      self.file.close()
+      self.board.close()
+    if self.bar is not None:
+      self.bar.close()
+
+  def _name(self) -> str:
+    return f"{self.run['arm']} seed {self.run['seed']}"
+
+  def _show(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+    if kind == "eval":
+      said = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+      line = f"{self._name()}  step {step}/{self.steps}  validation: {said}"
+      self.bar.write(line, file=sys.stderr) if self.bar is not None else print(line, file=sys.stderr, flush=True)
+      return
+    rate = metrics["tokens_per_second"]
+    if self.bar is not None:
+      self.bar.n = step + 1
+      self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {_si(rate)} tokens/s", refresh=True)
+      return
+    done = step + 1 - self.first
+    eta = (time.perf_counter() - self.started) / max(done, 1) * (self.steps - step - 1)
+    minutes, seconds = divmod(round(eta), 60)
+    print(
+      f"{self._name()}  step {step}/{self.steps}  loss {metrics['loss']:.4f}  "
+      f"{_si(rate)} tokens/s  ETA {minutes}:{seconds:02d}",
+      file=sys.stderr,
+      flush=True,
+    )
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """The records of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+  if not path.exists():
+    return []
+  records = []
+  lines = path.read_text().split("\n")
+  for i, line in enumerate(lines):
+    if not line:
+      continue
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      if any(lines[i + 1 :]):
+        raise
+  return records
+
+
+def _si(x: float) -> str:
+  for unit in ("", "k", "M", "G"):
+    if x < 1000:
+      return f"{x:.3g}{unit}"
+    x /= 1000
+  return f"{x:.3g}T"
