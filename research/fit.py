@@ -33,8 +33,9 @@ class Experiment:
     and weights, not means, so that micro-batches, shards and batches add up exactly.
   data: "train" or "validation" -> a grain.IterDataset of this process's rows, as dicts of numpy arrays.
   evals: further (model) -> {name: number}, run with the validation loss.
-  flops_per_step: model FLOPs of one training step, for utilisation; 0 if unknown.
-  info: what the manifest says of the data.
+  flops_per_token: model FLOPs a token of one training step, by part, for utilisation.
+  info: () -> what the manifest says of the data. The first call reads the data and
+    raises UserError for what is wrong with it; building an experiment reads nothing.
   """
 
   init: Callable[[jax.Array], Any]
@@ -42,8 +43,8 @@ class Experiment:
   data: Callable[[str], Any]
   tx: optax.GradientTransformation
   evals: Mapping[str, Callable[[Any], dict[str, float]]] = dataclasses.field(default_factory=dict)
-  flops_per_step: float = 0.0
-  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  flops_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  info: Callable[[], dict[str, Any]] = dict
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "model", "opt", "key"], meta_fields=[])
@@ -277,8 +278,8 @@ class _Log:
     self.clock, self.timed = now, 0
     metrics |= {"lr": float(self.schedule(step)), "step_seconds": seconds}
     metrics["tokens_per_second"] = self.cfg.batch * self.cfg.length / seconds
-    if self.peak and self.exp.flops_per_step:
-      metrics["mfu"] = self.exp.flops_per_step / seconds / self.peak
+    if self.peak and self.exp.flops_per_token:
+      metrics["mfu"] = sum(self.exp.flops_per_token.values()) * metrics["tokens_per_second"] / self.peak
     self.writer.write("train", step, metrics)
     if self.bad > self.cfg.skip_nonfinite:
       self.checkpoints.wait()

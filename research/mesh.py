@@ -114,6 +114,11 @@ def axis_sizes(cfg: MeshConfig, n_devices: int) -> dict[str, int]:
   return sizes
 
 
+def least_devices(cfg: MeshConfig) -> int:
+  """The fewest devices that `cfg` fits: axes that take what is left take one."""
+  return math.prod(max(getattr(cfg, axis), 1) for axis in AXES)
+
+
 def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
   """A mesh with explicit axes over `devices` (default: all). Raises UserError on a misfit."""
   devices = jax.devices() if devices is None else devices

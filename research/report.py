@@ -55,6 +55,11 @@ def figure(columns: int = 1) -> tuple[Figure, Any]:
   return fig, axes
 
 
+def over_seeds(seeds: Sequence[int]) -> str:
+  """What a line and its band show, for a title."""
+  return f"mean and range over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+
+
 def final(by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]) -> dict[str, dict[int, float]]:
   """{arm: {seed: the last value}}."""
   return {arm: {seed: points[-1][1] for seed, points in seeds.items()} for arm, seeds in by_arm.items()}
@@ -71,6 +76,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   line = lambda row: "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
   return "\n".join([line(cells[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells[1:])])
+
+
+def manifest(workdir: pathlib.Path) -> dict[str, Any]:
+  """The workdir's manifest."""
+  return json.loads((workdir / "manifest.json").read_text())
 
 
 def write_results(workdir: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:

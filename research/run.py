@@ -15,7 +15,8 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, manifest, mesh as meshes
+from research import config, manifest
+from research import mesh as meshes
 from research.checkpoint import Checkpoints
 from research.errors import UserError, check
 from research.fit import Diverged, Interrupted, fit
@@ -30,21 +31,23 @@ def main(build, report=None) -> None:
   build: a single run's config -> Experiment. Called for every run, under its mesh,
   before the first of them compiles anything.
   """
+  guard(lambda: run(build, report))
+
+
+def guard(f) -> None:
+  """Calls `f()`; mistakes, divergence and interruption end in one line and their exit status."""
   try:
-    run(build, report, sys.argv[1:])
-  except UserError as e:
+    f()
+  except (UserError, Diverged) as e:
     print(f"error: {e}", file=sys.stderr)
-    sys.exit(EXIT_USER)
-  except Diverged as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(EXIT_DIVERGED)
+    sys.exit(EXIT_USER if isinstance(e, UserError) else EXIT_DIVERGED)
   except Interrupted as e:
     print(e, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
 
 
-def run(build, report, argv: list[str]) -> None:
-  args, overrides = parse_args(argv)
+def run(build, report) -> None:
+  args, overrides = parse_args()
   cfg = config.load(args.config, overrides)
   workdir = pathlib.Path(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
@@ -52,7 +55,7 @@ def run(build, report, argv: list[str]) -> None:
   singles = config.expand(cfg)
   jobs = [(arm, single, *prepare(build, single)) for arm, single in singles]
   with lock(workdir):
-    manifest.open_workdir(workdir, cfg, overrides, jobs[0][3].info)
+    manifest.open_workdir(workdir, cfg, overrides, jobs[0][3].info())
     for arm, single, mesh, exp in jobs:
       ckpt_cfg = single.checkpoint
       directory = workdir / "checkpoints" / f"{arm}-{single.seed}"
@@ -67,8 +70,12 @@ def run(build, report, argv: list[str]) -> None:
       report(workdir, cfg)
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """(--config and --workdir, overrides "a.b=c"). Raises UserError on anything else."""
+def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[argparse.Namespace, list[str]]:
+  """(--config and --workdir, overrides "a.b=c") from `argv` (default: the command line).
+
+  Raises UserError on anything else.
+  """
+  argv = sys.argv[1:] if argv is None else argv
 
   class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -76,7 +83,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
   parser = Parser(allow_abbrev=False, description="Any field of the config can be set: --config.tx.lr=3e-4")
   parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
-  parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
+  if workdir:
+    parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
   overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
   args, rest = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
   if rest:
@@ -106,7 +114,9 @@ def prepare(build, cfg: config.RunConfig):
     f"must be a multiple of mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate}",
   )
   with jax.set_mesh(mesh):
-    return mesh, build(cfg)
+    exp = build(cfg)
+  exp.info()  # reads the data: what is wrong with it is told now
+  return mesh, exp
 
 
 def compilation_cache() -> None:

@@ -28,21 +28,20 @@ class Config(RunConfig):
 
 
 def build(cfg: Config) -> Experiment:
-  """One run of one attention with one seed. Call it under the run's mesh."""
-  mesh = jax.sharding.get_mesh()
-  cfg.model.check_mesh(dict(mesh.shape), cfg.mesh.partition)
-  source, info = {"text": _text, "induction": _induction}[cfg.task](cfg)
-  shard = batch_shard(mesh)
+  """One run of one attention with one seed. Call it under the run's mesh; it reads no data yet."""
+  cfg.model.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), cfg.mesh.partition)
+  source, info, loss = {"text": _text, "induction": _induction}[cfg.task](cfg)
 
   def rows(split):
+    shard = batch_shard(jax.sharding.get_mesh())
     return data.batches(source(split), cfg.batch, seed=cfg.seed, shard=shard, train=split == "train")
 
   return Experiment(
     init=functools.partial(make_model, cfg),
-    loss={"text": next_token_loss, "induction": induction_loss}[cfg.task],
+    loss=loss,
     data=rows,
     tx=optim.make(cfg.tx, cfg.steps),
-    flops_per_step=sum(flops_per_token(cfg.model, cfg.length).values()) * cfg.batch * cfg.length,
+    flops_per_token=flops_per_token(cfg.model, cfg.length),
     info=info,
   )
 
@@ -53,17 +52,20 @@ def make_model(cfg: Config, key: jax.Array) -> Transformer:
 
 
 def _text(cfg: Config):
-  text = data.load(cfg.data, cfg.length, cfg.seed)
-  check(
-    text.tokenizer.vocab <= cfg.model.vocab,
-    "model.vocab",
-    cfg.model.vocab,
-    f"the tokenizer {text.tokenizer.name} has {text.tokenizer.vocab} tokens; set model.vocab to at least that",
-  )
-  return text.split, text.info()
+  @functools.cache
+  def load():
+    text = data.load(cfg.data, cfg.length, cfg.seed)
+    needed, name = text.tokenizer.vocab, text.tokenizer.name
+    check(needed <= cfg.model.vocab, "model.vocab", cfg.model.vocab, f"tokenizer {name} needs at least {needed}")
+    return text
+
+  return lambda split: load().split(split), lambda: load().info(), next_token_loss
 
 
 def _induction(cfg: Config):
-  rows = functools.partial(InductionRows, cfg.induction, cfg.model.vocab, cfg.length, cfg.seed)
-  rows("train")  # tells what does not fit now rather than at the first batch
-  return rows, {"source": "induction", **dataclasses.asdict(cfg.induction)}
+  source = functools.partial(InductionRows, cfg.induction, cfg.model.vocab, cfg.length, cfg.seed)
+
+  def info():
+    return {"source": "induction", "rows": {split: len(source(split)) for split in ("train", "validation")}}
+
+  return source, info, induction_loss

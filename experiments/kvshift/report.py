@@ -25,6 +25,7 @@ def report(workdir: pathlib.Path, cfg: Config) -> None:
 def text_report(workdir: pathlib.Path, cfg: Config) -> None:
   """Validation loss against steps, and the gap to plain attention seed by seed."""
   losses = parts.curves(workdir, "loss")
+  bytes_per_token = parts.manifest(workdir)["data"]["bytes_per_token"]["validation"]
   end = parts.final(losses)
   arms = {arm: {"validation_loss": by_seed} for arm, by_seed in end.items()}
   rows = []
@@ -33,18 +34,20 @@ def text_report(workdir: pathlib.Path, cfg: Config) -> None:
     gaps = [by_seed[s] - end["plain"][s] for s in by_seed if s in end.get("plain", {})]
     arms[arm] |= {"mean": float(np.mean(values)), "minus_plain": gaps}
     gap = "" if arm == "plain" or not gaps else parts.spread(gaps)
-    rows.append([LABELS.get(arm, arm), len(values), parts.spread(values), f"{np.mean(values) / math.log(2):.4f}", gap])
-  header = ["attention", "seeds", "validation loss, nats/token", "bits/token", "minus plain, same seed"]
+    bits = np.mean(values) / math.log(2) / bytes_per_token
+    rows.append([LABELS.get(arm, arm), len(values), parts.spread(values), f"{bits:.4f}", gap])
+  header = ["attention", "seeds", "validation loss (nats/token)", "bits/byte", "minus plain, same seed"]
   parts.write_results(workdir, {"arms": arms, "tokens": cfg.steps * cfg.batch * cfg.length})
 
   fig, (left, right) = parts.figure(2)
   parts.draw(left, losses, LABELS)
   left.set(xlabel="training step", ylabel="validation loss (nats / token)", title="Validation loss")
+  left.set_ylim(*_after_start(losses))
   left.legend(frameon=False)
   gap = {arm: _difference(seeds, losses["plain"]) for arm, seeds in losses.items() if "plain" in losses}
   parts.draw(right, gap, LABELS)
   right.set(xlabel="training step", ylabel="loss minus plain, same seed (nats)", title="Below zero: better than plain")
-  fig.suptitle(f"{_describe(cfg)}: mean and range over {len(cfg.seeds)} seeds")
+  fig.suptitle(f"{_describe(cfg)}: {parts.over_seeds(cfg.seeds)}")
   _finish(workdir, fig, "validation_loss.png", parts.table(header, rows))
 
 
@@ -65,10 +68,17 @@ def induction_report(workdir: pathlib.Path, cfg: Config) -> None:
   ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", linewidth=1)
   ax.text(0, 1 / cfg.induction.keys, " guessing among the row's values", va="bottom", color="grey", fontsize=8)
   ax.set(xlabel="training step", ylabel="accuracy on held-out rows", ylim=(0, 1.03))
-  ax.set_title(f"Induction, width {cfg.model.width}: mean and range over {len(cfg.seeds)} seeds", fontsize=10)
+  ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(cfg.seeds)}", fontsize=10)
   ax.legend(frameon=False)
   header = ["attention", "seeds", "accuracy at the end", "steps to 99 %, by seed"]
   _finish(workdir, fig, "accuracy.png", parts.table(header, rows))
+
+
+def _after_start(by_arm) -> tuple[float, float]:
+  """Limits that show everything but the untrained model, beside which nothing else is to be seen."""
+  values = [v for seeds in by_arm.values() for points in seeds.values() for step, v in points if step]
+  low, high = min(values), max(values)
+  return low - 0.1 * (high - low), high + 0.1 * (high - low)
 
 
 def _difference(seeds, base):
