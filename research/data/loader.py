@@ -1,0 +1,61 @@
+"""Batches in an order that only the seed and a counter decide, cut among processes."""
+
+import grain
+import numpy as np
+
+from research.errors import check
+
+
+def batches(source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), train: bool) -> grain.IterDataset:
+  """Process `index` of `count`'s part, [batch / count, ...] arrays, of each global batch of `source`.
+
+  Global batch k is rows [k * batch, (k + 1) * batch) of one global order, and process
+  `index` holds the index-th of `count` contiguous slices of it. In training the order is
+  endless: all rows, shuffled anew in every epoch. In validation it is one pass in the
+  source's order, and the last batch is filled up with rows of zeros (zero `weights`).
+
+  The iterator's state is the number of batches taken: it resumes under any `count`.
+
+  Args:
+    source: random access to rows, dicts of arrays whose shapes do not vary.
+    batch: rows in the global batch.
+    seed: in [0, 2**32).
+    shard: (index, count), as from `research.mesh.batch_shard`.
+
+  Raises:
+    UserError: `batch` does not divide by `count`, or `seed` is out of range.
+  """
+  index, count = shard
+  check(batch >= 1, "batch", batch, "use a positive number of rows")
+  check(batch % count == 0, "batch", batch, f"must divide by the {count} slices in which processes load it")
+  check(0 <= seed < 2**32, "seed", seed, "use a number from 0 to 4294967295")
+  rows = grain.MapDataset.source(source)
+  if train:
+    rows = rows.seed(seed).shuffle().repeat()
+  # Rows come from memory: one thread keeps the work off the training loop, more only contend for the GIL.
+  return _Batches(rows, batch, index, count).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+class _Batches(grain.MapDataset):
+  """Item k is one process's slice of global batch k."""
+
+  def __init__(self, rows: grain.MapDataset, batch: int, index: int, count: int):
+    super().__init__(rows)
+    self._batch, self._size = batch, batch // count
+    self._offset = index * self._size
+
+  def __len__(self) -> int:
+    return -(-len(self._parent) // self._batch)
+
+  def __getitem__(self, k):
+    if isinstance(k, slice):
+      return self.slice(k)
+    lo = k * self._batch + self._offset
+    rows = [self._parent[i] for i in range(lo, min(lo + self._size, len(self._parent)))]
+    if len(rows) < self._size:
+      blank = {name: np.zeros_like(array) for name, array in self._parent[0].items()}
+      rows += [blank] * (self._size - len(rows))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  def __str__(self) -> str:
+    return f"Batches({self._size} of {self._batch} rows from {self._offset})"
