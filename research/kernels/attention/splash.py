@@ -1,0 +1,53 @@
+"""Causal attention on TPUs: JAX's splash kernel (flash attention over the blocks the mask leaves)."""
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+import jax.numpy as jnp
+
+from research.kernels import dispatch
+
+LANES = 128
+
+
+def obstacle(q) -> str | None:
+  """Why this cannot run the call; None if it can."""
+  if dispatch.platform() != "tpu":
+    return f"splash attention needs a TPU, and this runs on {dispatch.platform()}"
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"splash attention takes bfloat16 or float32, not {q.dtype}"
+  if q.shape[1] < LANES:
+    return f"splash attention works in blocks of {LANES}, and the length is {q.shape[1]}"
+  return None
+
+
+def attention(q_bthd, k_bskd, v_bskd, segment_ids=None, *, scale, interpret=False):
+  """As `api.attention`, for lengths from 128; other than multiples of 128 are padded.
+
+  Inside a shard_map when there is a mesh: the compiler cannot partition the kernel.
+  """
+  length, heads = q_bthd.shape[1:3]
+  # Padding stands after every real position, so causality alone hides it.
+  pad = -length % LANES
+  q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q_bthd * scale, k_bskd, v_bskd))
+  segments = None
+  if segment_ids is not None:
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    segments = kernel_lib.SegmentIds(segment_ids, segment_ids)
+  mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length + pad, length + pad))] * heads)
+  kernel = kernel_lib.make_splash_mha_single_device(mask, block_sizes=_block_sizes(length + pad), interpret=interpret)
+  return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :length]
+
+
+def _block_sizes(length: int) -> kernel_lib.BlockSizes:
+  block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+  return kernel_lib.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
