@@ -131,7 +131,9 @@ class Checkpoints:
     """Waits for the save under way; raises what it raised."""
     self.wait()
 
-  def restore(self, abstract_state: Any, step: int | None = None, quarantine: bool = False) -> Restored | None:
+  def restore(
+    self, abstract_state: Any, step: int | None = None, quarantine: bool = False, partial: bool = False
+  ) -> Restored | None:
     """The newest sound step, or `step`; None if there is no checkpoint at all.
 
     A damaged step is reported (`reports`, and a warning in the log) and the one
@@ -144,6 +146,7 @@ class Checkpoints:
       quarantine: rename the damaged steps passed over to `<step>.damaged`, so
         that the run can save them again. For a run's own directory, not for
         one it only reads.
+      partial: the step may hold more arrays than `abstract_state`, which are not read.
 
     Raises:
       UserError: the state differs from the saved one in an array's name, shape or
@@ -159,7 +162,7 @@ class Checkpoints:
     for candidate in reversed(steps) if step is None else [step]:
       with _hushed():
         try:
-          arrays, content = self._read(candidate, expected)
+          arrays, content = self._read(candidate, expected, partial)
         except _Damaged as error:
           damaged.append((candidate, str(error)))
           arrays = None
@@ -182,7 +185,7 @@ class Checkpoints:
       " or start afresh in another directory",
     )
 
-  def _read(self, step: int, expected: Mapping[str, Any]) -> tuple[list[jax.Array], dict[str, Any]]:
+  def _read(self, step: int, expected: Mapping[str, Any], partial: bool) -> tuple[list[jax.Array], dict[str, Any]]:
     """The arrays in the order of `expected`, and the record's content. Raises _Damaged and UserError."""
     path = self.directory / str(step)
     with _damage(), _orbax_context(alone=True):
@@ -193,12 +196,14 @@ class Checkpoints:
       if content["step"] != step:
         raise _Damaged(f"record: holds step {content['step']}")
     saved = content["arrays"]
+    if partial:
+      saved = {name: saved[name] for name in expected if name in saved}
     _check_same(path, saved, {name: _signature(leaf) for name, leaf in expected.items()})
     plain = {name: _abstract_plain(leaf) for name, leaf in expected.items()}
     with _damage(), _orbax_context(alone=True):
       filled = {name: leaf for name, leaf in plain.items() if leaf.size}
       arrays = ocp.load_checkpointables(path, {"arrays": filled})["arrays"] if filled else {}
-    arrays = {name: arrays[name] if leaf.size else _empty(leaf) for name, leaf in plain.items()}
+      arrays = {name: arrays[name] if leaf.size else _empty(leaf) for name, leaf in plain.items()}
     hashes = fingerprints(arrays)
     wrong = [name for name in expected if hashes[name] != saved[name]["hash"]]
     if wrong:
@@ -345,6 +350,7 @@ def _digest(content: Any) -> str:
 def _orbax_context(alone: bool = False) -> ocp.Context:
   """`record` is JSON and not a pytree; `alone`: no barriers, for a read that may fail on one process only."""
   context = ocp.Context()
+  context.pytree.loading.partial_load = True  # which arrays there must be is for `_check_same` to say
   context.checkpointables.registry = ocp.handlers.local_registry().add(
     ocp.handlers.JsonHandler, checkpointable_name="record"
   )

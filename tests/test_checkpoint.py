@@ -151,6 +151,17 @@ def test_a_named_step_is_restored(sound, states):
     Checkpoints(sound).restore(abstract(states[10]), step=15)
 
 
+def test_a_part_of_a_state_is_restored_only_where_that_is_asked_for(copy, states):
+  part = {"model": abstract(states[20]).model}
+  with pytest.raises(UserError, match="also holds extra/empty"):
+    Checkpoints(copy).restore(part)
+  assert_same(Checkpoints(copy).restore(part, partial=True).state, {"model": states[20].model})
+  with pytest.raises(UserError, match="lacks other"):
+    Checkpoints(copy).restore(part | {"other": part["model"].embed}, partial=True)
+  damage_data(copy, 20)
+  assert_same(Checkpoints(copy).restore(part, partial=True).state, {"model": states[10].model})
+
+
 @pytest.mark.parametrize(("devices", "model"), [(4, 1), (4, 4), (2, 2), (2, 1), (1, 1)])
 def test_a_state_is_restored_onto_another_mesh(sound, states, devices, model):
   mesh = make_mesh(MeshConfig(model=model), jax.devices()[:devices])
