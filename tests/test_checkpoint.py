@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or is reported: on real files, with real damage."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -297,6 +298,15 @@ def test_truncated_and_missing_files_never_give_wrong_values(copy, states):
     path.unlink()
     assert assert_right_or_reported(copy, states) or path not in needed
     path.write_bytes(content)
+
+
+def test_an_array_lost_from_the_index_is_damage(copy, states):
+  index = copy / "20" / "arrays" / "_METADATA"
+  entries = json.loads(index.read_text())
+  lost = next(name for name in entries["tree_metadata"] if "mask" in name)
+  del entries["tree_metadata"][lost]
+  index.write_text(json.dumps(entries))
+  assert assert_right_or_reported(copy, states)
 
 
 def test_an_emptied_step_falls_back(copy, states):
