@@ -124,7 +124,7 @@ def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch
   updates, opt = exp.tx.update(grads, state.opt, state.model)
   new = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt, state.key)
   metrics = {name: mean.value for name, mean in means.items()}
-  metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+  metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
   if cfg.skip_nonfinite:
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     skipped = dataclasses.replace(state, step=new.step)
@@ -139,9 +139,15 @@ def fit(
   checkpoints: Checkpoints,
   writer: Writer,
   should_stop: Callable[[int], bool] = lambda step: False,
+  *,
+  resume: Checkpoints | None = None,
+  init_from: Checkpoints | None = None,
   train_step=default_train_step,
 ) -> TrainState:
   """Trains to `cfg.steps` under the current mesh and returns the last state.
+
+  Starts from the newest of: `checkpoints` (its own), `resume` (another run's state and
+  place in the data), `init_from` (another run's parameters only), a fresh state.
 
   The order of things inside a step is part of the contract: evaluation, then
   saving, see the state before step t; the iterator is saved before it moves; the
@@ -152,9 +158,12 @@ def fit(
   """
   abstract = abstract_state(exp)
   data = iter(exp.data("train"))
-  state, start = _restore(exp, cfg, checkpoints, abstract, data)
-  if start == cfg.steps:
+  state, start = _restore(exp, cfg, abstract, data, checkpoints, resume, init_from)
+  if start >= cfg.steps:
+    writer.say(f"complete at step {start}")
     return state
+  if start:
+    writer.say(f"going on from step {start}")
   writer.start(start)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   step_fn = jax.jit(functools.partial(train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None))
@@ -216,17 +225,23 @@ def to_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: place(x) for name, x in batch.items()}
 
 
-def _restore(exp, cfg, checkpoints, abstract, data) -> tuple[TrainState, int]:
-  """The newest of: this run's checkpoint, `resume`, `init_from`, a fresh start."""
+def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[TrainState, int]:
   mesh = jax.sharding.get_mesh()
-  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  concrete = jax.tree.map(on_mesh, abstract)
-  restored = checkpoints.restore(concrete)
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  abstract = jax.tree.map(place, abstract)
+  # Damaged steps of its own directory are set aside, so that they can be saved again.
+  restored = checkpoints.restore(abstract, quarantine=True)
+  if restored is None and resume is not None:
+    restored = resume.restore(abstract)
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
-  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, concrete))
-  return init(jax.random.key(cfg.seed)), 0
+  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+  state = init(jax.random.key(cfg.seed))
+  if init_from is not None:
+    model = init_from.restore({"model": abstract.model}, partial=True).state["model"]
+    state = dataclasses.replace(state, model=model)
+  return state, 0
 
 
 def _save(checkpoints, step, state, data, cfg, writer) -> None:

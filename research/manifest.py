@@ -81,7 +81,6 @@ def _launch(overrides: list[str]) -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
   """The processor's name and the number of cores this process may use."""
-  import os
 
   name = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")

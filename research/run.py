@@ -49,20 +49,21 @@ def guard(f) -> None:
 def run(build, report) -> None:
   args, overrides = parse_args()
   cfg = config.load(args.config, overrides)
+  built_by = config.experiment_module(cfg.experiment).build
+  check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")
   workdir = pathlib.Path(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
   stop = StopSignal()
   singles = config.expand(cfg)
-  jobs = [(arm, single, *prepare(build, single)) for arm, single in singles]
+  jobs = [(arm, single, *prepare(build, single), start_points(single, arm)) for arm, single in singles]
   with lock(workdir):
     manifest.open_workdir(workdir, cfg, overrides, jobs[0][3].info())
-    for arm, single, mesh, exp in jobs:
-      ckpt_cfg = single.checkpoint
-      directory = workdir / "checkpoints" / f"{arm}-{single.seed}"
+    for arm, single, mesh, exp, start in jobs:
       writer = Writer(workdir, arm, single.seed, single.steps)
+      keep = (single.checkpoint.keep_last, single.checkpoint.keep_every)
       try:
-        with jax.set_mesh(mesh), Checkpoints(directory, ckpt_cfg.keep_last, ckpt_cfg.keep_every) as checkpoints:
-          fit(exp, single, checkpoints, writer, stop)
+        with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints" / f"{arm}-{single.seed}", *keep) as checkpoints:
+          fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
     if report is not None and jax.process_index() == 0:
@@ -117,6 +118,19 @@ def prepare(build, cfg: config.RunConfig):
     exp = build(cfg)
   exp.info()  # reads the data: what is wrong with it is told now
   return mesh, exp
+
+
+def start_points(cfg: config.RunConfig, arm: str) -> dict[str, Checkpoints]:
+  """The checkpoints named by `resume` and `init_from`: of the same run in another workdir, or a directory of steps."""
+  found = {}
+  for field in ("resume", "init_from"):
+    path = getattr(cfg, field)
+    if path:
+      run_dir = pathlib.Path(path, "checkpoints", f"{arm}-{cfg.seed}")
+      found[field] = Checkpoints(run_dir if run_dir.is_dir() else path)
+      fix = f"no checkpoint there; give a workdir with checkpoints/{arm}-{cfg.seed}/, or a directory of steps"
+      check(bool(found[field].steps()), field, path, fix)
+  return found
 
 
 def compilation_cache() -> None:

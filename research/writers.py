@@ -20,11 +20,11 @@ class Writer:
   0 writes.
   """
 
-  def __init__(self, workdir: pathlib.Path, arm: str, seed: int, steps: int, quiet: bool = False):
+  def __init__(self, workdir: pathlib.Path, arm: str, seed: int, steps: int):
     self.path = workdir / "metrics.jsonl"
     self.board_dir = workdir / "tensorboard" / f"{arm}-{seed}"
     self.run = {"arm": arm, "seed": seed}
-    self.steps, self.quiet = steps, quiet
+    self.steps = steps
     self.active = jax.process_index() == 0
     self.file = self.board = self.bar = None
 
@@ -39,8 +39,13 @@ class Writer:
     temporary.replace(self.path)
     self.file = self.path.open("a")
     self.board = SummaryWriter(str(self.board_dir), purge_step=step)
-    if sys.stderr.isatty() and not self.quiet:
+    if sys.stderr.isatty():
       self.bar = tqdm(total=self.steps, initial=step, desc=self._name(), unit="step", dynamic_ncols=True)
+
+  def say(self, what: str) -> None:
+    """A line for people."""
+    if self.active:
+      print(f"{self._name()}  {what}", file=sys.stderr, flush=True)
 
   def write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
     """One JSON line, one TensorBoard point a metric, and the terminal."""
@@ -51,8 +56,7 @@ class Writer:
     self.file.flush()
     for name, value in metrics.items():
       self.board.add_scalar(f"{kind}/{name}", value, step)
-    if not self.quiet:
-      self._show(kind, step, metrics)
+    self._show(kind, step, metrics)
 
   def flush(self) -> None:
     """Returns once everything written is on disk."""

@@ -11,7 +11,7 @@ from experiments.kvshift.induction import InductionConfig, InductionRows, induct
 from research import data, optim
 from research.config import RunConfig
 from research.data import TextConfig
-from research.errors import check
+from research.errors import UserError, check
 from research.fit import Experiment
 from research.mesh import batch_shard
 from research.models.transformer import Transformer, TransformerConfig, flops_per_token, next_token_loss
@@ -54,7 +54,10 @@ def make_model(cfg: Config, key: jax.Array) -> Transformer:
 def _text(cfg: Config):
   @functools.cache
   def load():
-    text = data.load(cfg.data, cfg.length, cfg.seed)
+    try:
+      text = data.load(cfg.data, cfg.length, cfg.seed)
+    except UserError as e:
+      raise e.under("data") from None
     needed, name = text.tokenizer.vocab, text.tokenizer.name
     check(needed <= cfg.model.vocab, "model.vocab", cfg.model.vocab, f"tokenizer {name} needs at least {needed}")
     return text

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from research.errors import check
 from research.kernels.cross_entropy.api import cross_entropy
 from research.kernels.dispatch import platform
-from research.mesh import HIDDEN, MeshConfig, PARTITIONS, Partition
+from research.mesh import HIDDEN, PARTITIONS, MeshConfig, Partition
 from research.metrics import Mean
 from research.nn.attention import Attention
 from research.nn.init import fan_in

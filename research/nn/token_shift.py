@@ -9,11 +9,11 @@ def shift(x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
 
   x [batch, length, ...]; segment_ids int32 [batch, length] or None (one document a row).
   """
-  zero = jnp.zeros_like(x[:, :1])
-  previous = jnp.concatenate([zero, x[:, :-1]], axis=1)
+  before = lambda y: jnp.pad(y[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (y.ndim - 2))
+  previous = before(x)
   if segment_ids is None:
     return previous
-  same = segment_ids[:, 1:] == segment_ids[:, :-1]
-  same = jnp.concatenate([jnp.zeros_like(same[:, :1]), same], axis=1)
+  # At a row's start this compares with 0, the id of padding; the row before it is zero anyway.
+  same = before(segment_ids) == segment_ids
   # where, not a product: a product would carry NaN and Inf over the boundary
   return jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), previous, jnp.zeros((), x.dtype))
