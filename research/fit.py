@@ -88,12 +88,15 @@ def abstract_state(exp: Experiment) -> TrainState:
   mesh = jax.sharding.get_abstract_mesh()
 
   def place(x, like=None):
-    like = getattr(x if like is None else like, "sharding", None)
-    spec = P() if like is None else like.spec
+    if masked(x):
+      return x
+    sharding = getattr(x if like is None else like, "sharding", None)
+    spec = P() if sharding is None else sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
   # optax makes its moments with zeros_like, which forgets where the parameter stands.
-  opt = optax.tree_map_params(exp.tx, place, state.opt, state.model, transform_non_params=place)
+  masked = lambda x: isinstance(x, optax.MaskedNode)
+  opt = optax.tree_map_params(exp.tx, place, state.opt, state.model, transform_non_params=place, is_leaf=masked)
   return dataclasses.replace(jax.tree.map(place, dataclasses.replace(state, opt=None)), opt=opt)
 
 
@@ -183,9 +186,10 @@ def fit(
       break
     if should_stop(step):
       log.flush()
-      if step > start or step not in checkpoints.steps():
-        _save(checkpoints, step, state, data, cfg, writer)
       checkpoints.wait()
+      if step not in checkpoints.steps():
+        _save(checkpoints, step, state, data, cfg, writer)
+        checkpoints.wait()
       raise Interrupted(step)
     batch = to_devices(next(data))
     state, metrics = step_fn(state, batch)

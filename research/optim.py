@@ -1,6 +1,7 @@
 """Optimisers by name: an optax chain of clipping, update rule, weight decay and schedule."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from flax import nnx
@@ -97,9 +98,13 @@ def _muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
   def axes(model):
     return _label(model, lambda meta: optax.contrib.MuonDimensionNumbers(*meta["matrix"]))
 
+  def scale(x, numbers):
+    fans = [math.prod(x.shape[axis] for axis in axes) for axes in numbers]
+    return 0.2 * max(fans) ** 0.5 * x
+
   muon = optax.chain(
     optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
-    optax.contrib.scale_by_shape(weight_dimension_numbers=axes, consistent_rms=0.2),
+    optax.stateless(lambda updates, params: jax.tree.map(scale, updates, axes(updates))),
   )
 
   def update(updates, state, params=None):

@@ -91,7 +91,7 @@ def test_bfloat16_is_as_good_as_bfloat16_gets(name):
   # Against the truth rounded once, the best a bfloat16 result can be.
   for g, w in zip(got, want, strict=True):
     rounded = np.asarray(jnp.asarray(w, jnp.bfloat16), np.float64)
-    assert rms(np.asarray(g, np.float64) - w) < 2.5 * rms(rounded - w)
+    assert rms(np.asarray(g, np.float64) - w) < 2 * rms(rounded - w)
 
 
 def test_float64_stays_float64():
@@ -104,10 +104,12 @@ def test_float64_stays_float64():
 def test_recomputing_the_exponentials_changes_nothing(monkeypatch):
   args = operands(2, 100, 4, 2, 32, dtype=np.float32)
   f = functools.partial(value_and_grads, functools.partial(xla.attention, scale=0.2))
-  kept = jax.jit(f)(*args)
+  products = lambda lowered: lowered.as_text().count("stablehlo.dot_general")
+  kept = jax.jit(f).lower(*args)
   monkeypatch.setattr(xla, "KEPT_BYTES", 0)
-  recomputed = jax.jit(lambda *args: f(*args))(*args)
-  assert max(relative_errors(recomputed, kept)) < 1e-6
+  recomputed = jax.jit(lambda *args: f(*args)).lower(*args)
+  assert products(recomputed) == products(kept) + 2  # one for each block
+  assert max(relative_errors(recomputed.compile()(*args), kept.compile()(*args))) < 1e-6
 
 
 def test_taking_rows_in_groups_changes_nothing(monkeypatch):

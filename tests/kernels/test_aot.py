@@ -1,0 +1,98 @@
+"""Real TPU compiles on this machine: libtpu compiles for pods that it only has a description of."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from research.kernels.attention.cases import CASES
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs: pip install -e .[aot]"
+)
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+PREAMBLE = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from research.mesh import AXES, BATCH
+
+topology, *names = sys.argv[1:]
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+# Not jax.make_mesh: it refuses the v4's topology, which has two devices a chip.
+mesh = jax.sharding.Mesh(np.reshape(devices, (1, -1, 2)), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+
+def put(shape, dtype, *spec):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+"""
+
+ATTENTION = """
+from research.kernels.attention.api import attention
+from research.kernels.attention.cases import CASES
+
+with jax.set_mesh(mesh):
+  for name in names:
+    case = CASES[name]
+    batch = case.batch * mesh.shape["data"]
+    heads = lambda n: put((batch, case.length, 2 * n, case.head_dim), case.dtype, BATCH, None, "model", None)
+    ids = put((batch, case.length), jnp.int32, BATCH, None)
+    loss = lambda q, k, v, ids: attention(q, k, v, segment_ids=ids).astype(jnp.float32).sum()
+    args = heads(case.heads), heads(case.kv_heads), heads(case.kv_heads), ids
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile().as_text()
+    print(name, "kernels", text.count("tpu_custom_call"), "collectives", text.count("all-"))
+"""
+
+CROSS_ENTROPY = """
+from research.kernels.cross_entropy.api import cross_entropy
+
+with jax.set_mesh(mesh):
+  x, w = put((4, 2048, 768), jnp.bfloat16, BATCH, None, None), put((768, 50304), jnp.float32, "data", "model")
+  targets, weights = put((4, 2048), jnp.int32, BATCH, None), put((4, 2048), jnp.float32, BATCH, None)
+
+  def mean(x, w, targets, weights):
+    return cross_entropy(x, w.astype(jnp.bfloat16), targets, weights) / weights.sum()
+
+  compiled = jax.jit(jax.grad(mean, argnums=(0, 1))).lower(x, w, targets, weights).compile()
+print(compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("%all-reduce-scatter ("))
+"""
+
+
+def compiles(program, *args):
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  command = [sys.executable, "-c", PREAMBLE + program, *args]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p"])
+def test_attention_compiles_to_three_kernels_and_no_collective(generation):
+  # forward, dq, dkv
+  assert compiles(ATTENTION, TOPOLOGIES[generation], "nano") == ["nano kernels 3 collectives 0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_every_case_compiles_for_every_generation(generation):
+  assert compiles(ATTENTION, TOPOLOGIES[generation], *CASES) == [f"{name} kernels 3 collectives 0" for name in CASES]
+
+
+@pytest.mark.slow
+def test_cross_entropy_scatters_the_head_gradient_and_holds_no_full_logits():
+  temp, scatters = map(int, compiles(CROSS_ENTROPY, TOPOLOGIES["v5e"])[0].split())
+  assert temp < 0.5 * 4 * (2 * 2048) * (50304 // 2)
+  # An all-reduce of dw that is then cut along `data` is one reduce-scatter to the TPU compiler.
+  assert scatters == 1
