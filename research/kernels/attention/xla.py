@@ -69,12 +69,13 @@ def _forward(q_bthd, k_bskd, v_bskd, segment_ids, scale):
 
 
 def _backward(q_bthd, k_bskd, v_bskd, segment_ids, out, stats, exps, dout, scale):
-  """FlashAttention's backward pass (https://arxiv.org/abs/2205.14135, appendix B.4), divided by the sums early."""
+  """FlashAttention's backward pass (https://arxiv.org/abs/2205.14135, appendix B.4)."""
   q, k, v = _queries(q_bthd, k_bskd), k_bskd.swapaxes(1, 2), v_bskd.swapaxes(1, 2)
   peak, total = stats
-  dout = _queries(dout, k_bskd).astype(total.dtype) / total
-  delta = (dout * _queries(out, k_bskd)).sum(axis=-1, keepdims=True)
-  dout = dout.astype(q.dtype)
+  dout = _queries(dout, k_bskd)
+  delta = (dout.astype(total.dtype) * _queries(out, k_bskd)).sum(axis=-1, keepdims=True)
+  inverse = 1 / total
+  dout_scaled = (dout * inverse).astype(dout.dtype)
   dqs, dk, dv = [], None, None
   # Last block first: it meets all keys, so its dk and dv have the full length.
   for i, (start, end) in reversed(list(enumerate(_blocks(q.shape[3])))):
@@ -83,11 +84,11 @@ def _backward(q_bthd, k_bskd, v_bskd, segment_ids, out, stats, exps, dout, scale
       exp = jnp.exp(_scores(q, k, segment_ids, scale, start, end) - peak[now]).astype(v.dtype)
     else:
       exp = exps[i]
-    dscores = exp * (_dot("bkgtd,bksd->bkgts", dout[now], v[:, :, :end]) - delta[now])
-    dscores = dscores.astype(q.dtype)
+    dprobs = _dot("bkgtd,bksd->bkgts", dout[now], v[:, :, :end])
+    dscores = (exp * ((dprobs - delta[now]) * inverse[now])).astype(q.dtype)
     dqs.append(_dot("bkgts,bksd->bkgtd", dscores, k[:, :, :end]))
     dk = _add_head(dk, _dot("bkgts,bkgtd->bksd", dscores, q[now]))
-    dv = _add_head(dv, _dot("bkgts,bkgtd->bksd", exp, dout[now]))
+    dv = _add_head(dv, _dot("bkgts,bkgtd->bksd", exp, dout_scaled[now]))
   dq = scale * jnp.concatenate(dqs[::-1], axis=3)
   dk = scale * dk
   return _tokens_first(dq.astype(q.dtype)), dk.swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype)
