@@ -86,18 +86,16 @@ def abstract_state(exp: Experiment) -> TrainState:
   """`init_state` as ShapeDtypeStructs with NamedShardings on the current mesh; nothing is allocated."""
   state = jax.eval_shape(functools.partial(init_state, exp), jax.eval_shape(lambda: jax.random.key(0)))
   mesh = jax.sharding.get_abstract_mesh()
+  stands = {path: x for path, x in jax.tree_util.tree_leaves_with_path(state.model)}
 
-  def place(x, like=None):
-    if masked(x):
-      return x
-    sharding = getattr(x if like is None else like, "sharding", None)
-    spec = P() if sharding is None else sharding.spec
+  def place(path, x):
+    # optax makes its moments with zeros_like, which forgets where the parameter stands; the
+    # path of a moment ends in its parameter's.
+    like = next((stands[path[i:]] for i in range(len(path)) if path[i:] in stands), None)
+    spec = like.sharding.spec if like is not None and like.shape == x.shape else P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-  # optax makes its moments with zeros_like, which forgets where the parameter stands.
-  masked = lambda x: isinstance(x, optax.MaskedNode)
-  opt = optax.tree_map_params(exp.tx, place, state.opt, state.model, transform_non_params=place, is_leaf=masked)
-  return dataclasses.replace(jax.tree.map(place, dataclasses.replace(state, opt=None)), opt=opt)
+  return jax.tree_util.tree_map_with_path(place, state)
 
 
 def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch: Batch):

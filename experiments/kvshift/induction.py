@@ -71,8 +71,10 @@ def induction_loss(model: Transformer, batch: dict[str, jax.Array], key: jax.Arr
   del key  # deterministic
   logits = model.logits(batch["tokens"], batch["segment_ids"], batch["positions"])
   targets, weights = batch["targets"], batch["weights"]
-  right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # a comparison, not a gather: the vocabulary may be cut along the mesh
+  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+  right = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
   nll = jax.nn.logsumexp(logits, axis=-1) - right
   weight = jnp.sum(weights)
-  correct = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets))
+  correct = jnp.sum(weights * (right == jnp.max(logits, axis=-1)))
   return {"loss": Mean(jnp.sum(weights * nll), weight), "accuracy": Mean(correct, weight)}
