@@ -150,13 +150,12 @@ def batch_shard(mesh: jax.sharding.Mesh, process_index: int | None = None) -> tu
   process_index = jax.process_index() if process_index is None else process_index
   owners = np.vectorize(lambda d: d.process_index)(mesh.devices)
   rows = owners.reshape(mesh.shape["replica"] * mesh.shape["data"], mesh.shape["model"])
-  mine = np.flatnonzero((rows == process_index).any(axis=1))
+  held = {p: np.flatnonzero((rows == p).any(axis=1)) for p in np.unique(rows)}
+  mine = held.get(process_index, np.array([], int))
   size = len(mine)
-  ok = size > 0 and len(rows) % size == 0 and mine[0] % size == 0 and (np.diff(mine) == 1).all()
-  if ok:  # every process on these rows must hold all of them
-    ok = all((rows[mine] == p).any(axis=1).all() for p in np.unique(rows[mine]))
+  ok = size > 0 and all(len(h) == size and h[0] % size == 0 and h[-1] - h[0] == size - 1 for h in held.values())
   check(
-    bool(ok),
+    ok,
     "mesh",
     dict(mesh.shape),
     f"process {process_index} does not hold one equal slice of the batch axes;"
