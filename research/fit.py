@@ -86,7 +86,7 @@ def abstract_state(exp: Experiment) -> TrainState:
   """`init_state` as ShapeDtypeStructs with NamedShardings on the current mesh; nothing is allocated."""
   state = jax.eval_shape(functools.partial(init_state, exp), jax.eval_shape(lambda: jax.random.key(0)))
   mesh = jax.sharding.get_abstract_mesh()
-  stands = {path: x for path, x in jax.tree_util.tree_leaves_with_path(state.model)}
+  stands = dict(jax.tree_util.tree_leaves_with_path(state.model))
 
   def place(path, x):
     # optax makes its moments with zeros_like, which forgets where the parameter stands; the

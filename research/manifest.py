@@ -18,7 +18,7 @@ from research.errors import UserError
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "tokenizers")
 
 # Fields that a continued run may change: they move work around, or how often it is looked at.
-_MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "eval_every", "eval_batches", "steps", "only", "seeds", "resume")
+_MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "eval_every", "eval_batches", "only", "seeds", "resume")
 _MAY_CHANGE += (
   "init_from",
   "skip_nonfinite",
@@ -45,6 +45,8 @@ def open_workdir(workdir: pathlib.Path, cfg: config.RunConfig, overrides: list[s
       _check_same(workdir, before, now)
     except (json.JSONDecodeError, KeyError):
       raise UserError("workdir", workdir, "its manifest.json is damaged; use another --workdir") from None
+  if jax.process_index() != 0:
+    return
   launches.append(_launch(overrides))
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps({**now, "launches": launches}, indent=1) + "\n")
@@ -61,7 +63,8 @@ def _check_same(workdir: pathlib.Path, before: dict, now: dict) -> None:
   if before["data"] != now["data"]:
     differ.append("the data (its hash is another)")
   if differ:
-    raise UserError("workdir", workdir, f"holds a run with other settings: {', '.join(differ)}; use another --workdir")
+    fix = "use another --workdir (with --config.resume or --config.init_from to start from this one)"
+    raise UserError("workdir", workdir, f"holds a run with other settings: {', '.join(differ)}; {fix}")
 
 
 def _launch(overrides: list[str]) -> dict[str, Any]:

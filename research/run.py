@@ -161,7 +161,7 @@ class StopSignal:
 
 
 class lock:
-  """Makes `workdir` and holds it for this process alone. Raises UserError if it cannot be had."""
+  """Makes `workdir` and holds it for this run alone. Raises UserError if it cannot be had."""
 
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
@@ -173,8 +173,9 @@ class lock:
     except OSError as e:
       raise UserError("workdir", self.workdir, f"cannot be written: {e.strerror}") from None
     try:
-      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+      if jax.process_index() == 0:
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
       raise UserError("workdir", self.workdir, "another run is writing there; use another --workdir") from None
 
   def __exit__(self, *exc):

@@ -65,8 +65,7 @@ def induction_report(workdir: pathlib.Path, cfg: Config) -> None:
 
   fig, ax = parts.figure()
   parts.draw(ax, accuracy, LABELS)
-  ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", linewidth=1)
-  ax.text(0, 1 / cfg.induction.keys, " guessing among the row's values", va="bottom", color="grey", fontsize=8)
+  ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", label="guessing among a row's values")
   ax.set(xlabel="training step", ylabel="accuracy on held-out rows", ylim=(0, 1.03))
   ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(cfg.seeds)}", fontsize=10)
   ax.legend(frameon=False)

@@ -18,8 +18,8 @@ def get_config(arg=None):
   c.seeds = (0, 1, 2)
   c.arms = (
     ("plain-1", "attention=plain", "model.layers=1"),
-    ("plain-2", "attention=plain", "model.layers=2"),
     ("kvshift-1", "attention=kvshift", "model.layers=1"),
+    ("plain-2", "attention=plain", "model.layers=2"),
   )
   c.model.update(vocab=64, width=64, heads=1, kv_heads=1, head_dim=64, mlp_width=192)
   c.model.update(rope_base=100_000.0, precision="float32")
