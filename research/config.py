@@ -98,7 +98,7 @@ def defaults(cls: type) -> ConfigDict:
   out = ConfigDict()
   for name, field in _fields(cls).items():
     value = _default(field)
-    out[name] = _thaw(value)
+    out[name] = as_configdict(value)
   return out.lock()
 
 
@@ -149,7 +149,7 @@ def shrink(cfg: ConfigDict) -> ConfigDict:
     group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
     heads = min(flat["model.heads"], 4)
     cfg.model.update(heads=heads, kv_heads=max(heads // max(group, 1), 1), head_dim=16, width=16 * heads)
-  cfg.mesh = _thaw(MeshConfig(partition=cfg.mesh.partition))
+  cfg.mesh = as_configdict(MeshConfig(partition=cfg.mesh.partition))
   cfg.seeds = tuple(cfg.seeds)[:2]
   return cfg
 
@@ -172,7 +172,7 @@ def expand(cfg: RunConfig) -> list[tuple[str, RunConfig]]:
   for arm, *overrides in cfg.arms or (("main",),):
     if cfg.only and arm not in cfg.only:
       continue
-    single = override(_thaw(dataclasses.replace(cfg, arms=(), only=())), type(cfg), overrides)
+    single = override(as_configdict(dataclasses.replace(cfg, arms=(), only=())), type(cfg), overrides)
     for seed in cfg.seeds:
       single.seeds = (seed,)
       try:
@@ -213,14 +213,16 @@ def freeze(cls: type, cfg: Mapping[str, Any], prefix: str = "") -> Any:
     raise UserError(prefix + e.field, e.value, e.fix) from None
 
 
-def as_dict(cfg: Any) -> dict[str, Any]:
-  """A frozen config as plain JSON-able data."""
-  return _thaw(cfg).to_dict()
+def as_configdict(value: Any) -> Any:
+  """A (nested) dataclass as locked ConfigDicts, to edit; anything else as it is."""
+  if dataclasses.is_dataclass(value):
+    return ConfigDict({f: as_configdict(getattr(value, f)) for f in _fields(type(value))}, convert_dict=False).lock()
+  return value
 
 
 def flat(cfg: Any) -> dict[str, Any]:
   """A frozen config as {dotted path: value}."""
-  return dict(_flatten(_thaw(cfg)))
+  return dict(_flatten(as_configdict(cfg)))
 
 
 def _get_config(path: str, arg: str) -> ConfigDict:
@@ -255,12 +257,6 @@ def _default(field: dataclasses.Field) -> Any:
   if field.default_factory is not dataclasses.MISSING:
     return field.default_factory()
   raise TypeError(f"config field {field.name} needs a default")
-
-
-def _thaw(value: Any) -> Any:
-  if dataclasses.is_dataclass(value):
-    return ConfigDict({f: _thaw(getattr(value, f)) for f in _fields(type(value))}, convert_dict=False).lock()
-  return value
 
 
 def _flatten(cfg: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

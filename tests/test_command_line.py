@@ -54,6 +54,7 @@ MISTAKES = [
   ([TINY, "--config.model.precision=float16"], ["model.precision=float16", "float32, bfloat16"]),
   ([TINY, "--config.model.remat=some"], ["model.remat=some", "none, full, dots"]),
   ([TINY, "--config.model.attention_kernel=flash"], ["model.attention_kernel=flash", "splash"]),
+  ([TINY, "--config.model.attention_kernel=splash"], ["model.attention_kernel=splash", "needs a tpu", "cpu"]),
   ([TINY, "--config.model.vocab=100"], ["model.vocab=100", "at least 256"]),
   ([TINY, "--config.model.width=62"], ["model.width=62", "mesh.data=4"]),
   ([TINY, "--config.batch=6"], ["batch=6", "multiple of", "4"]),

@@ -60,7 +60,10 @@ class TransformerConfig:
     check(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive, e.g. 1e-5")
 
   def check_mesh(self, mesh: dict[str, int], partition: str) -> None:
-    """Raises UserError where a size does not divide by the mesh axis it is cut along."""
+    """Raises UserError where a size does not divide by its mesh axis, or the kernel is another platform's."""
+    needs = {"splash": "tpu", "cudnn": "gpu"}.get(self.attention_kernel, platform())
+    fix = f"needs a {needs}, and this runs on {platform()}; use auto"
+    check(needs == platform(), "model.attention_kernel", self.attention_kernel, fix)
     if partition == "fsdp_tp":
       for name in ("vocab", "kv_heads", "mlp_width"):
         size = getattr(self, name)
