@@ -48,6 +48,10 @@ class Restored:
   metadata: Any
 
 
+class SaveFailed(Exception):
+  """A step could not be written (a full disk, say); earlier steps are as they were."""
+
+
 class _Damaged(Exception):
   """What was read is not what was written; one line."""
 
@@ -94,7 +98,7 @@ class Checkpoints:
     `data_state` and `metadata` (both JSON-able) are kept.
 
     Raises:
-      RuntimeError: this save could not start, or the one before it failed.
+      SaveFailed: this save could not start, or the one before it failed.
     """
     self.wait()
     arrays = _flatten(state)[0]
@@ -118,7 +122,7 @@ class Checkpoints:
     """Returns when nothing is being saved, and then removes what retention no longer holds.
 
     Raises:
-      RuntimeError: the save failed (a full disk, say); earlier steps are as they were.
+      SaveFailed: the save failed (a full disk, say); earlier steps are as they were.
     """
     pending, self._pending = self._pending, None
     if pending is not None:
@@ -171,7 +175,7 @@ class Checkpoints:
           continue
       self._report(damaged, f"using step {candidate}")
       if quarantine:
-        self._set_aside(damaged)
+        self.set_aside(*(number for number, _ in damaged))
       state = jax.tree.unflatten(treedef, arrays)
       return Restored(candidate, state, content["data_state"], content["metadata"])
     if not damaged:
@@ -219,9 +223,10 @@ class Checkpoints:
       self.reports.append(f"checkpoint step {step} is damaged ({reason}); {outcome}")
       logging.warning("%s: %s", self.directory, self.reports[-1])
 
-  def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
+  def set_aside(self, *steps: int) -> None:
+    """Renames steps to `<step>.damaged`: they neither count nor go, and can be saved again."""
     if jax.process_index() == 0:
-      for step, _ in damaged:
+      for step in steps:
         names = (f"{step}.damaged" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
         name = next(name for name in names if not (self.directory / name).exists())
         (self.directory / str(step)).rename(self.directory / name)
@@ -244,7 +249,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      raise RuntimeError(f"step {step} was not saved in {self.directory}: {_first_line(error)}") from error
+      raise SaveFailed(f"step {step} was not saved in {self.directory}: {_first_line(error)}") from error
 
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -255,9 +260,9 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
   element always changes both sums, and sums do not care how the array is cut.
   Places 2^32 words apart look alike, and an adversary is not kept out.
   """
-  # Dispatch all before fetching any. A program for each shape and dtype, not one
-  # for all arrays: XLA takes as long for each, and most arrays of a state share theirs.
-  sums = jax.device_get({name: _hash(array) for name, array in arrays.items()})
+  # A program for each shape and dtype, not one for all arrays: XLA takes as long for each, and most
+  # arrays of a state share theirs. Each is awaited: virtual CPU devices abort when programs queue up.
+  sums = {name: jax.block_until_ready(_hash(array)) for name, array in arrays.items()}
   return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
 
 

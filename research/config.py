@@ -74,6 +74,7 @@ class RunConfig:
     check(len(self.seeds) > 0, "seeds", self.seeds, "give at least one seed, e.g. --config.seeds=0,1,2")
     check(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each seed once")
     check(all(0 <= s < 2**31 for s in self.seeds), "seeds", self.seeds, "seeds lie in 0 .. 2^31-1")
+    check(all(self.arms), "arms", self.arms, 'each arm is a name and its overrides, ("small", "model.layers=1")')
     names = [name for name, *_ in self.arms]
     check(len(set(names)) == len(names), "arms", names, "each arm needs a name of its own")
     for arm in self.only:
@@ -323,8 +324,7 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     except ValueError:
       example = "an integer, e.g. 8" if kind is int else "a number, e.g. 3e-4"
       raise UserError(path, text or "''", f"must be {example}") from None
-    check(math.isfinite(value), path, text, "must be finite")
-    return value
+    return _coerce(value, kind, path)
   return _coerce(text, kind, path)
 
 
@@ -342,5 +342,9 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
   if kind is float and type(value) is int:
     return float(value)
   check(type(value) is kind, path, value, f"must be of type {kind.__name__}, not {type(value).__name__}")
-  check(kind is not float or math.isfinite(value), path, value, "must be finite")
+  if kind is float:
+    check(math.isfinite(value), path, value, "must be finite")
+    check(value == 0 or 1e-37 < abs(value) < 1e38, path, value, "is out of float32's range")
+  if kind is int:
+    check(abs(value) < 2**31, path, value, "must be below 2^31")
   return value

@@ -16,6 +16,7 @@ import optax
 from research import optim
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
+from research.errors import check
 from research.hardware import peak_flops
 from research.mesh import BATCH
 from research.metrics import Mean, add
@@ -64,7 +65,9 @@ class Diverged(Exception):
   def __init__(self, step: int, kept: int | None):
     self.step, self.kept = step, kept
     last = "no checkpoint was saved before it" if kept is None else f"the last good checkpoint is step {kept}"
-    super().__init__(f"loss or gradients are not finite at step {step}; {last}; lower tx.lr or allow skip_nonfinite")
+    super().__init__(
+      f"loss, gradients or update are not finite at step {step}; {last}; lower tx.lr or allow skip_nonfinite"
+    )
 
 
 class Interrupted(Exception):
@@ -127,7 +130,7 @@ def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch
   metrics = {name: mean.value for name, mean in means.items()}
   metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
   if cfg.skip_nonfinite:
-    ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    ok = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
     skipped = dataclasses.replace(state, step=new.step)
     # keys cannot be selected, and need not be: they never change
     new = jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, skipped)
@@ -160,9 +163,10 @@ def fit(
   abstract = abstract_state(exp)
   data = iter(exp.data("train"))
   state, start = _restore(exp, cfg, abstract, data, checkpoints, resume, init_from)
-  if start >= cfg.steps:
+  if start >= cfg.steps and start in checkpoints.steps():
     writer.say(f"complete at step {start}")
     return state
+  check(start < cfg.steps, "resume", f"step {start}", f"that run is as long as this one: steps={cfg.steps}; set more")
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
@@ -235,11 +239,13 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   restored = checkpoints.restore(abstract, quarantine=True)
   if restored is None and resume is not None:
     restored = resume.restore(abstract)
+    seed = restored.metadata["seed"]
+    check(seed == cfg.seed, "resume", resume.directory, f"holds seed {seed}, and this run has seed {cfg.seed}")
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
   init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
-  state = init(jax.random.key(cfg.seed))
+  state = jax.block_until_ready(init(jax.random.key(cfg.seed)))
   if init_from is not None:
     model = init_from.restore({"model": abstract.model}, partial=True).state["model"]
     state = dataclasses.replace(state, model=model)
@@ -286,7 +292,7 @@ class _Log:
     (step, metrics), self.pending = self.pending, None
     metrics = {name: float(x) for name, x in metrics.items()}
     self.timed += 1
-    finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    finite = all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "update_norm"))
     self.bad = 0 if finite else self.bad + 1
     if finite and step % self.cfg.log_every and step + 1 != self.cfg.steps:
       return
@@ -301,4 +307,6 @@ class _Log:
     if self.bad > self.cfg.skip_nonfinite:
       self.checkpoints.wait()
       self.writer.flush()
+      if step in self.checkpoints.steps():  # its loss is not finite: not a state to go on from
+        self.checkpoints.set_aside(step)
       raise Diverged(step, max(self.checkpoints.steps(), default=None))

@@ -18,7 +18,7 @@ from research.errors import UserError
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "tokenizers")
 
 # Fields that a continued run may change: they move work around, or how often it is looked at.
-_MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "eval_every", "eval_batches", "only", "seeds", "resume")
+_MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "eval_every", "only", "seeds", "resume")
 _MAY_CHANGE += (
   "init_from",
   "skip_nonfinite",
@@ -29,49 +29,55 @@ _MAY_CHANGE += (
 )
 
 
-def open_workdir(workdir: pathlib.Path, cfg: config.RunConfig, overrides: list[str], info: dict[str, Any]) -> None:
+def open_workdir(
+  workdir: pathlib.Path, cfg: config.RunConfig, spec: str, overrides: list[str], info: dict[str, Any], trains: bool
+) -> None:
   """Creates or continues `workdir` and writes its manifest. Raises UserError if it holds another run.
 
-  A manifest has the config, the data and, for every launch, when, how and on what.
-  The environment is not recorded: it may hold secrets.
+  cfg is what `spec` (file.py:arg) and `overrides` on the command line made.
+
+  A manifest has the config, the data of each arm (`info`) and, for every launch that
+  `trains`, when, how and on what. The environment is not recorded: it may hold secrets.
   """
   path = workdir / "manifest.json"
   now = json.loads(json.dumps({"config": config.flat(cfg), "data": info}))
   launches = []
   if path.exists():
     try:
-      before = json.loads(path.read_text())
-      launches = before["launches"]
-      _check_same(workdir, before, now)
-    except (json.JSONDecodeError, KeyError):
+      before = json.loads(path.read_bytes())
+      launches = list(before["launches"])
+      differ = _differences(before, now)
+      now["data"] = {**before["data"], **now["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
       raise UserError("workdir", workdir, "its manifest.json is damaged; use another --workdir") from None
-  if jax.process_index() != 0:
+    if differ:
+      fix = "use another --workdir (with --config.resume or --config.init_from to start from this one)"
+      raise UserError("workdir", workdir, f"holds a run with other settings: {', '.join(differ)}; {fix}")
+  if jax.process_index() != 0 or (launches and not trains):
     return
-  launches.append(_launch(overrides))
+  launches.append(_launch(spec, overrides))
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps({**now, "launches": launches}, indent=1) + "\n")
   temporary.replace(path)
 
 
-def _check_same(workdir: pathlib.Path, before: dict, now: dict) -> None:
+def _differences(before: dict, now: dict) -> list[str]:
   old, new = before["config"], now["config"]
   differ = [
     f"{name}={new.get(name)} (was {old.get(name)})"
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE)
   ]
-  if before["data"] != now["data"]:
-    differ.append("the data (its hash is another)")
-  if differ:
-    fix = "use another --workdir (with --config.resume or --config.init_from to start from this one)"
-    raise UserError("workdir", workdir, f"holds a run with other settings: {', '.join(differ)}; {fix}")
+  arms = [arm for arm, data in now["data"].items() if before["data"].get(arm, data) != data]
+  return differ + [f"the data of arm {arm} (its hash is another)" for arm in arms]
 
 
-def _launch(overrides: list[str]) -> dict[str, Any]:
+def _launch(spec: str, overrides: list[str]) -> dict[str, Any]:
   devices = jax.devices()
   return {
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "argv": sys.argv,
+    "config": f"--config={spec}",
     "overrides": overrides,
     "python": platform.python_version(),
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from research import writers
+from research.errors import check
 
 # Okabe and Ito's palette: told apart by everyone, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -24,6 +25,7 @@ def curves(workdir: pathlib.Path, metric: str, kind: str = "eval") -> dict[str, 
     if r["kind"] == kind and metric in r:
       value = float("nan") if r[metric] is None else r[metric]
       out.setdefault(r["arm"], {}).setdefault(r["seed"], []).append((r["step"], value))
+  check(bool(out), "workdir", workdir, f"its metrics.jsonl has no {kind} line with {metric}; use another --workdir")
   return out
 
 
@@ -55,9 +57,11 @@ def figure(columns: int = 1) -> tuple[Figure, Any]:
   return fig, axes
 
 
-def over_seeds(seeds: Sequence[int]) -> str:
+def over_seeds(by_arm: Mapping[str, Mapping[int, Any]]) -> str:
   """What a line and its band show, for a title."""
-  return f"mean and range over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+  counts = {len(seeds) for seeds in by_arm.values()}
+  most = max(counts)
+  return "one seed" if counts == {1} else f"mean and range over {'up to ' if len(counts) > 1 else ''}{most} seeds"
 
 
 def final(by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]) -> dict[str, dict[int, float]]:
@@ -85,17 +89,20 @@ def manifest(workdir: pathlib.Path) -> dict[str, Any]:
 
 def write_results(workdir: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
   """Writes `report/results.json`: the results and where they come from. Returns its path."""
-  manifest = json.loads((workdir / "manifest.json").read_text())
-  launch = manifest["launches"][-1]
-  arguments = [a for a in launch["argv"][1:] if not a.startswith("--workdir")]
+  about = manifest(workdir)
+  launch = about["launches"][-1]
+  settings = [f"--config.{override}" for override in launch["overrides"]]
   record = {
-    "command": shlex.join(["python", "-m", f"experiments.{manifest['config']['experiment']}", *arguments]),
+    "command": shlex.join(
+      ["python", "-m", f"experiments.{about['config']['experiment']}", launch["config"], *settings]
+    ),
     "commit": launch["git"],
-    "seeds": manifest["config"]["seeds"],
+    "launches": len(about["launches"]),
+    "seeds": sorted({r["seed"] for r in writers.read(workdir / "metrics.jsonl")}),
     "hardware": {**launch["host"], "devices": launch["devices"]},
     "python": launch["python"],
     "versions": launch["versions"],
-    "data": manifest["data"],
+    "data": about["data"],
     "results": results,
   }
   path = workdir / "report" / "results.json"

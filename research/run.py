@@ -1,7 +1,8 @@
 """From a command line to trained models: `python -m experiments.NAME --config=FILE.py:ARG --workdir=DIR`.
 
 Exit status: 0 done; 2 a mistake in the command, told in one line; 3 the loss is not
-finite; 75 (EX_TEMPFAIL) interrupted by SIGTERM or Ctrl-C after saving: run it again.
+finite; 74 (EX_IOERR) a checkpoint could not be written; 75 (EX_TEMPFAIL) interrupted by
+SIGTERM or Ctrl-C after saving: run it again.
 """
 
 import argparse
@@ -15,14 +16,14 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, manifest
+from research import config, cpu, manifest
 from research import mesh as meshes
-from research.checkpoint import Checkpoints
+from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
 from research.fit import Diverged, Interrupted, fit
 from research.writers import Writer
 
-EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 75
+EXIT_USER, EXIT_DIVERGED, EXIT_SAVE, EXIT_INTERRUPTED = 2, 3, 74, 75
 
 
 def main(build, report=None) -> None:
@@ -38,37 +39,46 @@ def guard(f) -> None:
   """Calls `f()`; mistakes, divergence and interruption end in one line and their exit status."""
   try:
     f()
-  except (UserError, Diverged) as e:
+  except (UserError, Diverged, SaveFailed) as e:
     print(f"error: {e}", file=sys.stderr)
-    sys.exit(EXIT_USER if isinstance(e, UserError) else EXIT_DIVERGED)
+    sys.exit({UserError: EXIT_USER, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_SAVE}[type(e)])
   except Interrupted as e:
     print(e, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
 
 
 def run(build, report) -> None:
+  cpu.tune()  # before anything starts jax's backend
   args, overrides = parse_args()
   cfg = config.load(args.config, overrides)
   built_by = config.experiment_module(cfg.experiment).build
   check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")
+  check(args.workdir != "", "workdir", "''", "name a directory, or leave --workdir out")
   workdir = pathlib.Path(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
   stop = StopSignal()
   singles = config.expand(cfg)
   jobs = [(arm, single, *prepare(build, single), start_points(single, arm)) for arm, single in singles]
   with lock(workdir):
-    manifest.open_workdir(workdir, cfg, overrides, jobs[0][3].info())
+    done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
+    info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
+    manifest.open_workdir(workdir, cfg, args.config, overrides, info, trains=not all(done))
     for arm, single, mesh, exp, start in jobs:
       writer = Writer(workdir, arm, single.seed, single.steps)
       keep = (single.checkpoint.keep_last, single.checkpoint.keep_every)
       try:
-        with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints" / f"{arm}-{single.seed}", *keep) as checkpoints:
+        with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
           fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
     if report is not None and jax.process_index() == 0:
       (workdir / "report").mkdir(exist_ok=True)
       report(workdir, cfg)
+
+
+def checkpoint_dir(workdir: pathlib.Path, arm: str, cfg: config.RunConfig) -> pathlib.Path:
+  """Where a single run keeps its steps."""
+  return workdir / "checkpoints" / f"{arm}-{cfg.seed}"
 
 
 def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[argparse.Namespace, list[str]]:
@@ -127,9 +137,9 @@ def start_points(cfg: config.RunConfig, arm: str) -> dict[str, Checkpoints]:
     path = getattr(cfg, field)
     if path:
       run_dir = pathlib.Path(path, "checkpoints", f"{arm}-{cfg.seed}")
-      found[field] = Checkpoints(run_dir if run_dir.is_dir() else path)
+      found[field] = Checkpoints(run_dir if run_dir.is_dir() else pathlib.Path(path))
       fix = f"no checkpoint there; give a workdir with checkpoints/{arm}-{cfg.seed}/, or a directory of steps"
-      check(bool(found[field].steps()), field, path, fix)
+      check(pathlib.Path(path).is_dir() and bool(found[field].steps()), field, path, fix)
   return found
 
 

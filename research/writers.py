@@ -11,6 +11,8 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from research.errors import check
+
 
 class Writer:
   """Writes the metrics of one run (an arm and a seed) into its workdir.
@@ -99,19 +101,26 @@ class Writer:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The records of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+  """The records of a `metrics.jsonl`; a last line that a crash cut short is left out.
+
+  Raises UserError for any other line that is not a record.
+  """
   if not path.exists():
     return []
   records = []
-  lines = path.read_text().split("\n")
-  for i, line in enumerate(lines):
-    if not line:
-      continue
+  lines = path.read_bytes().split(b"\n")
+  for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      if any(lines[i + 1 :]):
-        raise
+      record = json.loads(line) if line else None
+      if record is not None:
+        records.append({**record, "step": int(record["step"])})
+    except (ValueError, KeyError, TypeError):
+      check(
+        not any(lines[number:]),
+        "workdir",
+        path,
+        f"line {number} is damaged; remove that line, or use another --workdir",
+      )
   return records
 
 

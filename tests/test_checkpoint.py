@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 
-from research.checkpoint import Checkpoints, fingerprints
+from research.checkpoint import Checkpoints, SaveFailed, fingerprints
 from research.errors import UserError
 from research.mesh import MeshConfig, make_mesh
 
@@ -446,7 +446,7 @@ def test_what_a_killed_save_left_is_no_step_and_goes_with_the_next_save(tmp_path
 
 def test_a_step_is_not_saved_over(copy, states):
   before = snapshot(copy)
-  with pytest.raises(RuntimeError, match=r"step 20 was not saved in .*run: .*already exists"):
+  with pytest.raises(SaveFailed, match=r"step 20 was not saved in .*run: .*already exists"):
     Checkpoints(copy).save(20, states[10], {}, {})
   assert snapshot(copy) == before
 
@@ -459,7 +459,7 @@ def test_a_full_disk_surfaces_and_leaves_the_step_before(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))  # larger files: EFBIG, as ENOSPC on a full disk
   try:
     ckpt.save(20, {"x": jnp.asarray(x)}, {}, {})
-    with pytest.raises(RuntimeError, match=r"step 20 was not saved in .*run: "):
+    with pytest.raises(SaveFailed, match=r"step 20 was not saved in .*run: "):
       ckpt.wait()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

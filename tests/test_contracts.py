@@ -97,6 +97,7 @@ def test_tiny_takes_two_steps_and_writes_its_report(path, monkeypatch, tmp_path,
   assert about["config"] == json.loads(
     json.dumps(config.flat(config.load(f"{path}:tiny", ["steps=3", f"seeds={cfg.seed}"])))
   )
+  assert results["command"].startswith(f"python -m experiments.{cfg.experiment} --config={path}:tiny --config.steps=3")
   assert {"argv", "overrides", "versions", "devices", "git", "python", "time"} <= about["launches"][0].keys()
   assert "report" in capsys.readouterr().out
 
@@ -106,16 +107,19 @@ def test_the_manifest_says_what_text_was_read(tmp_path, monkeypatch):
   module = config.experiment_module("kvshift")
   _, single = config.expand(config.load(main))[0]
   _, exp = run.prepare(module.build, single)
-  manifest.open_workdir(tmp_path, single, [], exp.info())
-  data = json.loads((tmp_path / "manifest.json").read_text())["data"]
+  manifest.open_workdir(tmp_path, single, main, [], {"main": exp.info()}, trains=True)
+  data = json.loads((tmp_path / "manifest.json").read_text())["data"]["main"]
   assert set(data["sha256"]) == {"train", "validation"}
   assert data["bytes"]["train"] > 5_000_000
 
 
 def test_no_secret_of_the_environment_reaches_the_workdir(tmp_path, monkeypatch):
   monkeypatch.setenv("HF_TOKEN", "canary-7f3a")
-  module = config.experiment_module("kvshift")
-  _, single = config.expand(config.load("experiments/kvshift/configs/induction.py:tiny"))[0]
-  _, exp = run.prepare(module.build, single)
-  manifest.open_workdir(tmp_path, single, [], exp.info())
-  assert "canary-7f3a" not in (tmp_path / "manifest.json").read_text()
+  path = "experiments/kvshift/configs/induction.py:tiny"
+  arguments = [f"--config={path}", "--config.only=plain-1", "--config.seeds=0", f"--workdir={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", ["x", *arguments])
+  module = __import__("experiments.kvshift.__main__", fromlist=["build", "report"])
+  run.main(module.build, module.report)
+  files = [p for p in tmp_path.rglob("*") if p.is_file()]
+  assert len(files) > 10
+  assert not [p for p in files if b"canary-7f3a" in p.read_bytes()]

@@ -15,6 +15,7 @@ import pytest
 from research import data, writers
 from research.checkpoint import Checkpoints
 from research.config import CheckpointConfig, RunConfig
+from research.errors import UserError
 from research.fit import Diverged, Experiment, Interrupted, default_train_step, fit, init_state, to_devices
 from research.mesh import MeshConfig
 from research.metrics import Mean
@@ -218,5 +219,5 @@ def test_a_half_written_last_line_is_dropped_and_a_damaged_middle_is_not(tmp_pat
   path.write_text('{"step": 0}\n{"step": 1}\n{"ste')
   assert [r["step"] for r in writers.read(path)] == [0, 1]
   path.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
-  with pytest.raises(json.JSONDecodeError):
+  with pytest.raises(UserError, match="line 2 is damaged"):
     writers.read(path)

@@ -2,8 +2,10 @@
 
 from flax import nnx
 import jax
+from jax import P
 from jax import numpy as jnp
 
+from research.kernels.dispatch import place
 from research.mesh import Partition
 from research.models.transformer import TransformerConfig
 from research.nn.precision import POLICIES
@@ -44,6 +46,7 @@ def mix(x: jax.Array, coefficients: jax.Array, segment_ids: jax.Array | None) ->
   x [batch, length, kv_heads, head_dim]; coefficients [kv_heads, 2], in whose dtype
   the sum is taken; identity coefficients (0, 1) return x bit for bit.
   """
-  previous, current = (coefficients[None, None, :, i, None] for i in (0, 1))
+  coefficients = place(coefficients, P(None, None))  # a few numbers: every device has them all
+  previous, current = jnp.split(coefficients, 2, axis=1)
   y = current * x.astype(coefficients.dtype) + previous * shift(x, segment_ids).astype(coefficients.dtype)
   return y.astype(x.dtype)

@@ -25,7 +25,7 @@ def report(workdir: pathlib.Path, cfg: Config) -> None:
 def text_report(workdir: pathlib.Path, cfg: Config) -> None:
   """Validation loss against steps, and the gap to plain attention seed by seed."""
   losses = parts.curves(workdir, "loss")
-  bytes_per_token = parts.manifest(workdir)["data"]["bytes_per_token"]["validation"]
+  data = parts.manifest(workdir)["data"]
   end = parts.final(losses)
   arms = {arm: {"validation_loss": by_seed} for arm, by_seed in end.items()}
   rows = []
@@ -34,7 +34,7 @@ def text_report(workdir: pathlib.Path, cfg: Config) -> None:
     gaps = [by_seed[s] - end["plain"][s] for s in by_seed if s in end.get("plain", {})]
     arms[arm] |= {"mean": float(np.mean(values)), "minus_plain": gaps}
     gap = "" if arm == "plain" or not gaps else parts.spread(gaps)
-    bits = np.mean(values) / math.log(2) / bytes_per_token
+    bits = np.mean(values) / math.log(2) / data[arm]["bytes_per_token"]["validation"]
     rows.append([LABELS.get(arm, arm), len(values), parts.spread(values), f"{bits:.4f}", gap])
   header = ["attention", "seeds", "validation loss (nats/token)", "bits/byte", "minus plain, same seed"]
   parts.write_results(workdir, {"arms": arms, "tokens": cfg.steps * cfg.batch * cfg.length})
@@ -47,7 +47,7 @@ def text_report(workdir: pathlib.Path, cfg: Config) -> None:
   gap = {arm: _difference(seeds, losses["plain"]) for arm, seeds in losses.items() if "plain" in losses}
   parts.draw(right, gap, LABELS)
   right.set(xlabel="training step", ylabel="loss minus plain, same seed (nats)", title="Below zero: better than plain")
-  fig.suptitle(f"{_describe(cfg)}: {parts.over_seeds(cfg.seeds)}")
+  fig.suptitle(f"{_describe(cfg)}: {parts.over_seeds(losses)}")
   _finish(workdir, fig, "validation_loss.png", parts.table(header, rows))
 
 
@@ -67,7 +67,7 @@ def induction_report(workdir: pathlib.Path, cfg: Config) -> None:
   parts.draw(ax, accuracy, LABELS)
   ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", label="guessing among a row's values")
   ax.set(xlabel="training step", ylabel="accuracy on held-out rows", ylim=(0, 1.03))
-  ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(cfg.seeds)}", fontsize=10)
+  ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
   ax.legend(frameon=False)
   header = ["attention", "seeds", "accuracy at the end", "steps to 99 %, by seed"]
   _finish(workdir, fig, "accuracy.png", parts.table(header, rows))

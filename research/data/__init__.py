@@ -4,6 +4,7 @@ The only package that imports grain or tensorflow-datasets.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 from research.data import text
@@ -67,18 +68,25 @@ def load(cfg: TextConfig, length: int, seed: int) -> TextData:
   a length below 2, or too little text for one train row.
   """
   check(length >= 2, "length", length, "use rows of at least 2 tokens")
-  corpora = text.read(cfg.source, cfg.max_bad_records)
-  if cfg.tokenizer == "bpe":
-    tokenizer = tokenizers.bpe(corpora["train"], cfg.bpe_vocab)
-  else:
-    tokenizer = tokenizers.byte_level()
+  tokenizer, tokenized, corpus_info = _tokenize(cfg)
 
   def pack(split: str, order: int) -> PackedDocuments:
-    documents = sorted(corpora[split].documents, key=lambda d: text.name_hash(f"{order}/{d[0]}"))
-    ids = tokenizer.encode_batch([data for _, data in documents])
-    return PackedDocuments(ids, length, tokenizer.eod, drop_last=split == "train")
+    documents = sorted(tokenized[split], key=lambda d: text.name_hash(f"{order}/{d[0]}"))
+    return PackedDocuments([ids for _, ids in documents], length, tokenizer.eod, drop_last=split == "train")
 
   packed = {"train": pack("train", seed), "validation": pack("validation", 0)}
   n = packed["train"].positions
   check(len(packed["train"]) > 0, "source", cfg.source, f"has {n} train tokens, too few for one row of {length}")
-  return TextData(tokenizer, packed, text.info(cfg.source, corpora))
+  return TextData(tokenizer, packed, corpus_info)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenize(cfg: TextConfig):
+  """(tokenizer, {split: [(name, ids), ...]}, info): once for all seeds and arms of a command."""
+  corpora = text.read(cfg.source, cfg.max_bad_records)
+  tokenizer = tokenizers.bpe(corpora["train"], cfg.bpe_vocab) if cfg.tokenizer == "bpe" else tokenizers.byte_level()
+  tokenized = {}
+  for split, corpus in corpora.items():
+    names, contents = zip(*corpus.documents, strict=True)
+    tokenized[split] = list(zip(names, tokenizer.encode_batch(contents), strict=True))
+  return tokenizer, tokenized, text.info(cfg.source, corpora)

@@ -62,8 +62,9 @@ class Attention(nnx.Module):
     """x [batch, length, width]; segment_ids, positions int32 [batch, length] -> [batch, length, width]."""
     batch, length, _ = x.shape
     y = jnp.einsum("btd,dkgh->btkgh", x, self.policy.weight(self.qkv[...]))
-    q, k, v = y[:, :, :, : self.group], y[:, :, :, -2], y[:, :, :, -1]
-    q = q.reshape(batch, length, -1, q.shape[-1])
+    # split, not indexing: its transpose is one concatenation instead of padded sums
+    q, k, v = jnp.split(y, [self.group, self.group + 1], axis=3)
+    q, k, v = (z.reshape(batch, length, -1, z.shape[-1]) for z in (q, k, v))
     if self.mix is not None:
       q, k, v = self.mix(q, k, v, segment_ids)
     if self.q_norm is not None:

@@ -23,5 +23,6 @@ class SwiGLU(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [batch, length, width] -> [batch, length, width]."""
     y = jnp.einsum("btd,dcf->btcf", x, self.policy.weight(self.up[...]))
-    y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+    gate, up = jnp.split(y, 2, axis=2)  # not indexing: its transpose is one concatenation instead of padded sums
+    y = (jax.nn.silu(gate) * up)[:, :, 0]
     return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.down[...]), out_sharding=HIDDEN)
