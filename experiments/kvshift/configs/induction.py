@@ -1,7 +1,7 @@
 """Induction: one layer with KV shifting against one and two plain layers; accuracy against steps.
 
 Reproduces in miniature figure 1a of arXiv 2411.19574 (depth) on clean data, with the
-loss taken where the answer can be known. Cost: about 4 minutes on 2 CPU cores.
+loss taken where the answer can be known. Cost: about 6 minutes on 2 CPU cores.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/induction.py
 """

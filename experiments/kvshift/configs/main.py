@@ -2,7 +2,7 @@
 
 Reproduces in miniature the comparison of arXiv 2411.19574, section 4 (figure 6, table 2):
 the same model, data, order and initial weights, with and without the shift.
-Cost: about 6 minutes on 2 CPU cores.
+Cost: about 5 minutes on 2 CPU cores.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/main.py
 """
