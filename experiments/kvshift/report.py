@@ -65,10 +65,10 @@ def induction_report(workdir: pathlib.Path, cfg: Config) -> None:
 
   fig, ax = parts.figure()
   parts.draw(ax, accuracy, LABELS)
-  ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", label="guessing among a row's values")
+  ax.axhline(1 / cfg.induction.keys, color="grey", linestyle=":", label="guessing")
   ax.set(xlabel="training step", ylabel="accuracy on held-out rows", ylim=(0, 1.03))
   ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
-  ax.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
+  ax.legend(frameon=False, loc="center right")
   header = ["attention", "seeds", "accuracy at the end", "steps to 99 %, by seed"]
   _finish(workdir, fig, "accuracy.png", parts.table(header, rows))
 
