@@ -62,3 +62,10 @@ def test_commands_in_the_readmes_name_configs_and_fields_that_exist():
       assert config.load(str(ROOT / spec.strip("`")), [o.strip("`") for o in overrides])
       found += 1
   assert found >= 5
+
+
+def test_modules_named_in_the_readme_exist():
+  modules = set(re.findall(r"python -m ([a-z_.]+)", (ROOT / "README.md").read_text())) - {"pytest", "venv"}
+  assert {"experiments.kvshift", "research.tools.params", "benchmarks.train_step"} <= modules
+  for module in modules:
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists() or (ROOT / module.replace(".", "/")).is_dir()

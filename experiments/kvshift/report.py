@@ -36,18 +36,22 @@ def text_report(workdir: pathlib.Path, cfg: Config) -> None:
     gap = "" if arm == "plain" or not gaps else parts.spread(gaps)
     bits = np.mean(values) / math.log(2) / data[arm]["bytes_per_token"]["validation"]
     rows.append([LABELS.get(arm, arm), len(values), parts.spread(values), f"{bits:.4f}", gap])
-  header = ["attention", "seeds", "validation loss (nats/token)", "bits/byte", "minus plain, same seed"]
+  header = ["attention", "seeds", "validation loss (nats/token ± SD)", "bits/byte", "minus plain, same seed (± SD)"]
   parts.write_results(workdir, {"arms": arms, "tokens": cfg.steps * cfg.batch * cfg.length})
 
-  fig, (left, right) = parts.figure(2)
+  gap = {arm: _difference(seeds, losses["plain"]) for arm, seeds in losses.items() if "plain" in losses}
+  fig, axes = parts.figure(2 if len(gap) > 1 else 1)
+  left = axes[0] if len(gap) > 1 else axes
   parts.draw(left, losses, LABELS)
   left.set(xlabel="training step", ylabel="validation loss (nats / token)", title="Validation loss")
   left.set_ylim(*_after_start(losses))
   left.legend(frameon=False)
-  gap = {arm: _difference(seeds, losses["plain"]) for arm, seeds in losses.items() if "plain" in losses}
-  parts.draw(right, gap, LABELS)
-  right.set(xlabel="training step", ylabel="loss minus plain, same seed (nats)", title="Below zero: better than plain")
-  fig.suptitle(f"{_describe(cfg)}: {parts.over_seeds(losses)}")
+  if len(gap) > 1:
+    parts.draw(axes[1], gap, LABELS)
+    axes[1].set(
+      xlabel="training step", ylabel="loss minus plain, same seed (nats)", title="Below zero: better than plain"
+    )
+  fig.suptitle(f"{_describe(cfg)}: {parts.over_seeds(losses)}", fontsize=10)
   _finish(workdir, fig, "validation_loss.png", parts.table(header, rows))
 
 
@@ -69,7 +73,7 @@ def induction_report(workdir: pathlib.Path, cfg: Config) -> None:
   ax.set(xlabel="training step", ylabel="accuracy on held-out rows", ylim=(0, 1.03))
   ax.set_title(f"Induction, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
   ax.legend(frameon=False, loc="center right")
-  header = ["attention", "seeds", "accuracy at the end", "steps to 99 %, by seed"]
+  header = ["attention", "seeds", "accuracy at the end (± SD)", "steps to 99 %, by seed"]
   _finish(workdir, fig, "accuracy.png", parts.table(header, rows))
 
 
@@ -77,7 +81,8 @@ def _after_start(by_arm) -> tuple[float, float]:
   """Limits that show everything but the untrained model, beside which nothing else is to be seen."""
   values = [v for seeds in by_arm.values() for points in seeds.values() for step, v in points if step]
   low, high = min(values), max(values)
-  return low - 0.1 * (high - low), high + 0.1 * (high - low)
+  margin = max(0.1 * (high - low), 1e-3)
+  return low - margin, high + margin
 
 
 def _difference(seeds, base):
@@ -89,7 +94,8 @@ def _difference(seeds, base):
 
 
 def _describe(cfg: Config) -> str:
-  return f"{cfg.model.layers} layers, width {cfg.model.width}, {cfg.steps * cfg.batch * cfg.length / 1e6:.2f}M tokens"
+  tokens = cfg.steps * cfg.batch * cfg.length
+  return f"{cfg.model.layers} layers, width {cfg.model.width}, {tokens:,} tokens"
 
 
 def _finish(workdir: pathlib.Path, fig, name: str, table: str) -> None:
