@@ -28,8 +28,9 @@ def test_a_record_says_where_it_comes_from(path):
   assert ", ".join(map(str, record["seeds"])) in readme
 
 
-def test_language_modelling_numbers_are_the_records():
-  arms = json.loads((ROOT / "experiments/kvshift/records/main.json").read_text())["results"]["arms"]
+@pytest.mark.parametrize("name", ["main", "main_py312"])
+def test_language_modelling_numbers_are_the_records(name):
+  arms = json.loads((ROOT / f"experiments/kvshift/records/{name}.json").read_text())["results"]["arms"]
   readme = (ROOT / "experiments/kvshift/README.md").read_text()
   for arm in ("plain", "kvshift"):
     losses = list(arms[arm]["validation_loss"].values())
