@@ -70,3 +70,15 @@ def test_modules_named_in_the_readme_exist():
   assert {"experiments.kvshift", "research.tools.params", "benchmarks.train_step"} <= modules
   for module in modules:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists() or (ROOT / module.replace(".", "/")).is_dir()
+
+
+def test_benchmark_numbers_are_the_records():
+  readme = (ROOT / "benchmarks/README.md").read_text()
+  rows = {p.stem: json.loads(p.read_text())["rows"] for p in (ROOT / "benchmarks/records").glob("*.json")}
+  ours, eager, compiled = (r["step_ms"] for r in rows["train_step"][:3])
+  assert f"{ours:.0f} ms; eager {eager:.0f} ms (ratio {ours / eager:.2f}), torch.compile {compiled:.0f} ms" in readme
+  ours, eager, compiled = (r["step_ms"] for r in rows["train_step"][3:])
+  assert f"{ours:.1f} ms; eager {eager:.1f} ms ({ours / eager:.2f}), torch.compile {compiled:.1f} ms" in readme
+  assert " and ".join(f"{r['tokens_per_s'] / 1e6:.1f}" for r in rows["loader"]) == "35.1 and 32.0"
+  assert "35.1 (bytes), 32.0 (BPE)" in readme
+  assert f"| {min(r['memory_ratio'] for r in rows['cross_entropy']):.3f} | 0.03 |" in readme
