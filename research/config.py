@@ -95,12 +95,8 @@ class RunConfig:
 
 
 def defaults(cls: type) -> ConfigDict:
-  """A locked ConfigDict with every field of the dataclass `cls` at its default."""
-  out = ConfigDict()
-  for name, field in _fields(cls).items():
-    value = _default(field)
-    out[name] = as_configdict(value)
-  return out.lock()
+  """A locked ConfigDict with every field of the dataclass `cls` at its default; all have one."""
+  return as_configdict(cls())
 
 
 def parse_arg(arg: str | None, **options: Any) -> ConfigDict:
@@ -250,14 +246,6 @@ def _get_config(path: str, arg: str) -> ConfigDict:
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
   return {f.name: f for f in dataclasses.fields(cls)}
-
-
-def _default(field: dataclasses.Field) -> Any:
-  if field.default is not dataclasses.MISSING:
-    return field.default
-  if field.default_factory is not dataclasses.MISSING:
-    return field.default_factory()
-  raise TypeError(f"config field {field.name} needs a default")
 
 
 def _flatten(cfg: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
