@@ -145,13 +145,13 @@ def fit(
   should_stop: Callable[[int], bool] = lambda step: False,
   *,
   resume: Checkpoints | None = None,
-  init_from: Checkpoints | None = None,
+  init_from: Callable[[Any], Any] | None = None,
   train_step=default_train_step,
 ) -> TrainState:
   """Trains to `cfg.steps` under the current mesh and returns the last state.
 
   Starts from the newest of: `checkpoints` (its own), `resume` (another run's state and
-  place in the data), `init_from` (another run's parameters only), a fresh state.
+  place in the data), a fresh state whose parameters are `init_from(abstract model)` where that is given.
 
   The order of things inside a step is part of the contract: evaluation, then
   saving, see the state before step t; the iterator is saved before it moves; the
@@ -247,8 +247,8 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
   state = jax.block_until_ready(init(jax.random.key(cfg.seed)))
   if init_from is not None:
-    model = init_from.restore({"model": abstract.model}, partial=True).state["model"]
-    state = dataclasses.replace(state, model=model)
+    state = dataclasses.replace(state, model=None)  # not two models at a time
+    state = dataclasses.replace(state, model=init_from(abstract.model))
   return state, 0
 
 

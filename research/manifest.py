@@ -16,6 +16,7 @@ from research import config
 from research.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "tokenizers")
+_PACKAGES += ("safetensors",)
 
 # Fields that a continued run may change: they move work around, or how often it is looked at.
 _MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "eval_every", "only", "seeds", "resume")

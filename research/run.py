@@ -7,11 +7,13 @@ SIGTERM or Ctrl-C after saving: run it again.
 
 import argparse
 import fcntl
+import functools
 import math
 import os
 import pathlib
 import signal
 import sys
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,7 +22,8 @@ from research import config, cpu, manifest
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
-from research.fit import Diverged, Interrupted, fit
+from research.fit import Diverged, Experiment, Interrupted, fit
+from research.models import convert
 from research.writers import Writer
 
 EXIT_USER, EXIT_DIVERGED, EXIT_SAVE, EXIT_INTERRUPTED = 2, 3, 74, 75
@@ -58,7 +61,10 @@ def run(build, report) -> None:
   compilation_cache()
   stop = StopSignal()
   singles = config.expand(cfg)
-  jobs = [(arm, single, *prepare(build, single), start_points(single, arm)) for arm, single in singles]
+  jobs = []
+  for arm, single in singles:
+    mesh, exp = prepare(build, single)
+    jobs.append((arm, single, mesh, exp, start_points(single, arm, mesh, exp)))
   with lock(workdir):
     done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
     info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
@@ -130,17 +136,32 @@ def prepare(build, cfg: config.RunConfig):
   return mesh, exp
 
 
-def start_points(cfg: config.RunConfig, arm: str) -> dict[str, Checkpoints]:
-  """The checkpoints named by `resume` and `init_from`: of the same run in another workdir, or a directory of steps."""
+def start_points(cfg: config.RunConfig, arm: str, mesh: jax.sharding.Mesh, exp: Experiment) -> dict[str, Any]:
+  """What `resume` and `init_from` name, as arguments of `fit`.
+
+  Either is the same run in another workdir, or a directory of steps; `init_from` may also
+  be a directory of published weights, of the experiment's very model. Raises UserError.
+  """
   found = {}
   for field in ("resume", "init_from"):
     path = getattr(cfg, field)
-    if path:
+    if field == "init_from" and path and convert.is_weights(path):
+      weights = convert.read(path)
+      with jax.set_mesh(mesh):
+        weights.check_model(jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0))))
+      found[field] = weights.fill
+    elif path:
       run_dir = pathlib.Path(path, "checkpoints", f"{arm}-{cfg.seed}")
       found[field] = Checkpoints(run_dir if run_dir.is_dir() else pathlib.Path(path))
       fix = f"no checkpoint there; give a workdir with checkpoints/{arm}-{cfg.seed}/, or a directory of steps"
       check(pathlib.Path(path).is_dir() and bool(found[field].steps()), field, path, fix)
+      if field == "init_from":
+        found[field] = functools.partial(_parameters, found[field])
   return found
+
+
+def _parameters(checkpoints: Checkpoints, model: Any) -> Any:
+  return checkpoints.restore({"model": model}, partial=True).state["model"]
 
 
 def compilation_cache() -> None:

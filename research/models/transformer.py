@@ -23,6 +23,7 @@ from research.nn.init import fan_in
 from research.nn.mlp import SwiGLU
 from research.nn.norms import RMSNorm
 from research.nn.precision import POLICIES
+from research.nn.rope import RopeScaling
 
 REMAT = {
   "none": lambda f: f,
@@ -43,6 +44,7 @@ class TransformerConfig:
   head_dim: int = 32
   mlp_width: int = 384
   rope_base: float = 10000.0
+  rope_scaling: RopeScaling = RopeScaling()
   norm_eps: float = 1e-5
   qk_norm: bool = False
   tie_embeddings: bool = False
@@ -88,6 +90,7 @@ class Block(nnx.Module):
       kv_heads=cfg.kv_heads,
       head_dim=cfg.head_dim,
       rope_base=cfg.rope_base,
+      rope_scaling=cfg.rope_scaling,
       out_scale=out_scale,
       qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
       partition=partition,

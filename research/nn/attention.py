@@ -35,6 +35,7 @@ class Attention(nnx.Module):
     kv_heads: int,
     head_dim: int,
     rope_base: float,
+    rope_scaling: rope.RopeScaling,
     out_scale: float,
     qk_norm_eps: float | None,
     partition: Partition,
@@ -56,7 +57,8 @@ class Attention(nnx.Module):
     self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps, policy)
     self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps, policy)
     self.mix = mix
-    self.group, self.rope_base, self.implementation, self.policy = group, rope_base, implementation, policy
+    self.rope_base, self.rope_scaling = rope_base, rope_scaling
+    self.group, self.implementation, self.policy = group, implementation, policy
 
   def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """x [batch, length, width]; segment_ids, positions int32 [batch, length] -> [batch, length, width]."""
@@ -69,7 +71,7 @@ class Attention(nnx.Module):
       q, k, v = self.mix(q, k, v, segment_ids)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
-    cos, sin = rope.angles(positions, q.shape[-1], self.rope_base)
+    cos, sin = rope.angles(positions, q.shape[-1], self.rope_base, self.rope_scaling)
     q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
     y = attention(q, k, v, segment_ids=segment_ids, implementation=self.implementation)
     y = y.reshape(batch, length, k.shape[2], self.group, -1)
