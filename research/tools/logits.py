@@ -46,8 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_tokens(path: str) -> np.ndarray:
   """The array `tokens` of an .npz file. Raises UserError."""
   try:
-    with np.load(path, allow_pickle=False) as file:
-      check(hasattr(file, "files"), "tokens", path, "is a single array; write it with numpy.savez(path, tokens=...)")
+    file = np.load(path, allow_pickle=False)
+    single = isinstance(file, np.ndarray)
+    check(not single, "tokens", path, "is a single array; write it with numpy.savez(path, tokens=...)")
+    with file:
       check("tokens" in file.files, "tokens", path, f"has no array `tokens`; it has {', '.join(file.files) or 'none'}")
       tokens = file["tokens"]
   except OSError as e:
