@@ -6,10 +6,10 @@ row is one document from position 0. Computed in float32 on one device.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
-import tempfile
 import zipfile
 
 import jax
@@ -84,18 +84,16 @@ def save(path: str, logits: np.ndarray) -> None:
   """Writes an .npz of `logits`, whole or not at all. Raises UserError."""
   out = pathlib.Path(path)
   check(not out.is_dir(), "out", path, "is a directory; name a file")
-  partial = None
+  partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
   try:
-    with tempfile.NamedTemporaryFile(dir=out.absolute().parent, prefix=f".{out.name}-", delete=False) as file:
-      partial = pathlib.Path(file.name)
+    with partial.open("wb") as file:
       np.savez(file, logits=logits)
-    partial.chmod(0o644)
-    os.replace(partial, out)
+    partial.replace(out)
   except OSError as e:
     raise UserError("out", path, f"cannot be written: {e.strerror or e}") from None
   finally:
-    if partial is not None:
-      partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      partial.unlink()
 
 
 if __name__ == "__main__":

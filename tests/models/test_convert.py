@@ -402,6 +402,7 @@ def test_tables_of_rotary_angles_in_old_files_are_passed_over(tmp_path):
     ({"rope_parameters": {"rope_type": "linear"}}, "factor=None: must be a number"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: must be at least 1"),
     ({"rope_parameters": "fast"}, "must be an object"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=[0.5]: must be 1"),
     ({"rope_theta": 7.0}, "rope_theta=[7.0, 100000.0]"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type=['default', 'linear']"),
   ],

@@ -102,6 +102,7 @@ def test_a_single_array_is_told_how_to_be_written(monkeypatch, tmp_path, capsys)
 def test_a_place_that_cannot_be_written_is_told_in_one_line(monkeypatch, tmp_path, capsys):
   np.savez(tmp_path / "in.npz", tokens=[[1]])
   stops(monkeypatch, capsys, tmp_path, "cannot be written: No such file", out=tmp_path / "no" / "out.npz")
+  stops(monkeypatch, capsys, tmp_path, "cannot be written: Not a directory", out=tmp_path / "in.npz" / "out.npz")
   (tmp_path / "out").mkdir()
   stops(monkeypatch, capsys, tmp_path, "is a directory", out=tmp_path / "out")
   stops(monkeypatch, capsys, tmp_path, "no such directory", weights=tmp_path / "none")

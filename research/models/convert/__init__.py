@@ -44,11 +44,8 @@ class Weights:
 
   def check_model(self, model: Any) -> None:
     """Raises UserError with a table unless `model`, which may be abstract, takes exactly these weights."""
-    rows = [
-      (f"model.{name}", value, getattr(model.cfg, name, "absent"))
-      for name, value in self.settings.items()
-      if getattr(model.cfg, name, None) != value
-    ]
+    theirs = {name: getattr(getattr(model, "cfg", None), name, "absent") for name in self.settings}
+    rows = [(f"model.{name}", x, theirs[name]) for name, x in self.settings.items() if theirs[name] != x]
     make = functools.partial(self.family.make, cfg=self.family.Config(**self.settings), partition="replicated")
     here = _shapes(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
     there = _shapes(model)
@@ -61,7 +58,7 @@ class Weights:
   def fill(self, model: Any) -> Any:
     """`model`, which may be abstract, with these parameters, each put straight where its sharding says.
 
-    Of the host's memory it takes one parameter of one device at a time beside the result.
+    Of the host's memory it takes one parameter at a time beside the result, put together layer by layer.
     """
     parts: dict[str, list[tuple[Tensor, Stored]]] = {}
     for key, tensor in self.tensors.items():

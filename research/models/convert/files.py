@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 from jax import numpy as jnp
@@ -99,8 +98,8 @@ def write(directory: pathlib.Path, config: Mapping[str, Any], sizes: Mapping[str
   names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
   names = names if len(names) > 1 else ["model.safetensors"]
   try:
-    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.absolute().parent))
+    partial = directory.absolute().with_name(f".{directory.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
   except OSError as e:
     raise UserError("out", directory, f"cannot be written: {e.strerror}") from None
   try:
@@ -111,7 +110,8 @@ def write(directory: pathlib.Path, config: Mapping[str, Any], sizes: Mapping[str
       where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
       _write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
     _write_json(partial / "config.json", config)
-    partial.chmod(0o755)
+    for name in names:  # the library makes files that only their owner may read
+      (partial / name).chmod((partial / "config.json").stat().st_mode)
     partial.replace(directory)
   except (OSError, safetensors.SafetensorError) as e:
     raise UserError("out", directory, f"cannot be written: {_line(e)}") from None

@@ -115,6 +115,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
   groups = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
   check(all(isinstance(g, dict) for g in groups), "rope_scaling", groups[1], "must be an object or null")
   kinds = [g.get("rope_type", g.get("type", "default")) for g in groups if g] or ["default"]
+  partial = [g["partial_rotary_factor"] for g in (*groups, config) if g.get("partial_rotary_factor") is not None]
+  check(all(x == 1 for x in partial), "partial_rotary_factor", partial, "must be 1: all of a head is rotated here")
   check(len(set(map(str, kinds))) == 1, "rope_type", kinds, "rope_parameters and rope_scaling must agree")
   kind = kinds[0]
   check(kind in list(_ROPE), "rope_type", kind, f"no such scaling here; choose from {', '.join(_ROPE)}")
