@@ -1,8 +1,11 @@
 """Batches in an order that only the seed and a counter decide, cut among processes."""
 
+import sys
+
 import grain
 import numpy as np
 
+from research.data.mixture import Mixture, interleave
 from research.errors import check
 
 
@@ -29,11 +32,38 @@ def batches(source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), t
   check(batch >= 1, "batch", batch, "use a positive number of rows")
   check(batch % count == 0, "batch", batch, f"must divide by the {count} slices in which processes load it")
   check(0 <= seed < 2**32, "seed", seed, "use a number from 0 to 4294967295")
-  rows = grain.MapDataset.source(source)
-  if train:
-    rows = rows.seed(seed).shuffle().repeat()
-  # Rows come from memory: one thread keeps the work off the training loop, more only contend for the GIL.
+  rows = _endless(source, seed) if train else grain.MapDataset.source(source)
+  # Rows come from memory, or files kept there: one thread keeps the work off the training
+  # loop, more only contend for the GIL.
   return _Batches(rows, batch, index, count).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def _endless(source, seed: int) -> grain.MapDataset:
+  if isinstance(source, Mixture):
+    seeds = np.random.SeedSequence(seed).generate_state(len(source.parts))
+    parts = [_endless(part, int(s)) for part, s in zip(source.parts, seeds, strict=True)]
+    return _Interleaved(parts, source.shares)
+  return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+class _Interleaved(grain.MapDataset):
+  """Rows of endless parts, in proportion to `shares`."""
+
+  def __init__(self, parts: list[grain.MapDataset], shares: tuple[int, ...]):
+    super().__init__(parts)
+    self._shares = shares
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, k):
+    if isinstance(k, slice):
+      return self.slice(k)
+    part, i = interleave(k, self._shares)
+    return self._parents[part][i]
+
+  def __str__(self) -> str:
+    return f"Interleaved({len(self._parents)} parts in proportions {self._shares})"
 
 
 class _Batches(grain.MapDataset):

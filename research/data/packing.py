@@ -16,19 +16,20 @@ class PackedDocuments:
   A row is a dict of arrays [length]: int32 `tokens`, `targets`, `segment_ids` (from 1,
   and 0 on padding), `positions` (from 0 in each segment), and float32 `weights` (1, and
   0 on padding). Only the last row may need padding; `drop_last` leaves such a row out.
+  No document may hold `eod`: an input that is `eod` begins a segment.
   """
 
   def __init__(self, documents: Sequence[np.ndarray], length: int, eod: int, *, drop_last: bool):
-    sizes = np.array([len(d) + 1 for d in documents], np.int64)
-    ends = np.cumsum(sizes)
-    self.positions = int(ends[-1]) if len(ends) else 0
-    self._length, self._drop_last = length, drop_last
-    self._starts = ends - sizes
+    self.positions = sum(len(d) + 1 for d in documents)
+    self._length, self._eod, self._drop_last = length, eod, drop_last
     # Every document begins with the eod that is also the last target of the one before:
     # targets are the stream one step on, and one eod closes it.
-    self._stream = np.full(self.positions + 1, eod, np.uint16 if eod < 2**16 else np.int32)
-    for start, document in zip(self._starts, documents, strict=True):
-      self._stream[start + 1 : start + 1 + len(document)] = document
+    highest = max((int(d.max()) for d in documents if len(d)), default=0)
+    self._stream = np.full(self.positions + 1, eod, np.uint16 if max(eod, highest) < 2**16 else np.int32)
+    start = 1
+    for document in documents:
+      self._stream[start : start + len(document)] = document
+      start += len(document) + 1
 
   def __len__(self) -> int:
     return self.positions // self._length if self._drop_last else -(-self.positions // self._length)
@@ -38,22 +39,29 @@ class PackedDocuments:
       raise IndexError(f"row {i} of {len(self)}")
     lo = i * self._length
     hi = min(lo + self._length, self.positions)
-    n = hi - lo
-    first, last = np.searchsorted(self._starts, (lo + 1, hi))
-    begins = self._starts[first:last] - lo  # of the documents that begin inside the row
-    segments = np.zeros(n, np.int32)
-    segments[begins] = 1
-    index = np.arange(n, dtype=np.int32)
-    row = {
-      "tokens": self._stream[lo:hi].astype(np.int32),
-      "targets": self._stream[lo + 1 : hi + 1].astype(np.int32),
-      "segment_ids": np.cumsum(segments, dtype=np.int32) + np.int32(1),
-      "positions": index - np.maximum.accumulate(segments * index),
-      "weights": np.ones(n, np.float32),
-    }
-    if n < self._length:
-      row = {name: np.pad(array, (0, self._length - n)) for name, array in row.items()}
-    return row
+    return packed_row(self._read(lo, hi + 1), self._length, self._eod)
+
+  def _read(self, lo: int, hi: int) -> np.ndarray:
+    return self._stream[lo:hi]
 
   def __repr__(self) -> str:
-    return f"PackedDocuments({len(self._starts)} documents, {len(self)} rows of {self._length})"
+    return f"{type(self).__name__}({len(self)} rows of {self._length})"
+
+
+def packed_row(stream: np.ndarray, length: int, eod: int) -> dict[str, np.ndarray]:
+  """The row whose n <= `length` inputs and targets are `stream` [n + 1], padded to `length`."""
+  stream = stream.astype(np.int32)
+  n = len(stream) - 1
+  begins = stream[:-1] == eod  # a document
+  begins[0] = False  # the first segment begins with the row, whatever it holds
+  index = np.arange(n, dtype=np.int32)
+  row = {
+    "tokens": stream[:-1],
+    "targets": stream[1:],
+    "segment_ids": np.cumsum(begins, dtype=np.int32) + np.int32(1),
+    "positions": index - np.maximum.accumulate(begins * index),
+    "weights": np.ones(n, np.float32),
+  }
+  if n < length:
+    row = {name: np.pad(array, (0, length - n)) for name, array in row.items()}
+  return row

@@ -1,4 +1,4 @@
-"""Lossless tokenizers over UTF-8 bytes: the bytes themselves, or byte-level BPE."""
+"""Tokenizers over UTF-8 bytes: the bytes themselves, byte-level BPE, or a file of Hugging Face's library."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -14,39 +14,35 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from research.data.text import Corpus
+from research.errors import UserError, check
 
 _log = logging.getLogger(__name__)
 _BATCH = 256  # documents encoded at once: bounds the memory that their encodings take
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")  # as published models call it
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Ids in [0, vocab); the last one, `eod`, ends a document and stands for no text."""
+  """Ids in [0, vocab), of which `eod` ends a document and stands for no text."""
 
   name: str
   vocab: int
+  eod: int
   sha256: str  # of everything that decides what an id means
-  pieces: tuple[bytes, ...]  # what each id stands for
   encode_batch: Callable[[Sequence[bytes]], list[np.ndarray]]  # UTF-8 documents -> int32 ids, without eod
-
-  @property
-  def eod(self) -> int:
-    return self.vocab - 1
+  decode: Callable[[Sequence[int]], bytes]  # what ids stand for; eod and ids that were never learnt stand for none
+  model: str = ""  # the library's JSON, where there is one
 
   def encode(self, document: bytes) -> np.ndarray:
     """int32 [tokens] of a UTF-8 document, without `eod`."""
     return self.encode_batch([document])[0]
 
-  def decode(self, ids) -> bytes:
-    """The bytes that `ids` stand for; `eod` and ids that were never learnt stand for none."""
-    return b"".join(self.pieces[i] for i in ids)
-
 
 def byte_level() -> Tokenizer:
   """One id a byte; 0xFF, which UTF-8 never uses, is `eod`."""
   encode = lambda documents: [np.frombuffer(d, np.uint8).astype(np.int32) for d in documents]
-  pieces = (*(bytes([b]) for b in range(255)), b"")
-  return Tokenizer("bytes", 256, hashlib.sha256(b"bytes").hexdigest(), pieces, encode)
+  decode = lambda ids: bytes(i for i in ids if i != 255)
+  return Tokenizer("bytes", 256, 255, hashlib.sha256(b"bytes").hexdigest(), encode, decode)
 
 
 def bpe(corpus: Corpus, vocab: int) -> Tokenizer:
@@ -62,21 +58,90 @@ def bpe(corpus: Corpus, vocab: int) -> Tokenizer:
   if model is None:
     model = _train(corpus, vocab)
     _keep(path, model)
-  learnt = tokenizers.Tokenizer.from_str(model)
+  return learnt(model, vocab)
 
+
+def learnt(model: str, vocab: int) -> Tokenizer:
+  """The tokenizer that `bpe` learnt, from its `model`."""
+  library = tokenizers.Tokenizer.from_str(model)
+  sha256 = hashlib.sha256(f"{vocab} {model}".encode()).hexdigest()
+  return Tokenizer("bpe", vocab, vocab - 1, sha256, _encoder(library), _joiner(_pieces(library, vocab)), model)
+
+
+def hugging_face(spec: str) -> Tokenizer:
+  """The tokenizer of a file in the format of Hugging Face's library: `PATH/tokenizer.json[?eod=TOKEN]`.
+
+  `eod` is the token of that name, or the first of `_ENDS` that the file has. Text that
+  spells a special token is encoded as the text it is. Decoding is exact where the file
+  is byte-level; other files may normalise text.
+
+  Raises UserError (`tokenizer`) if the file cannot be used, or its `eod` not be told.
+  """
+  path, _, eod_token = spec.partition("?eod=")
+  field = ("tokenizer", f"hf:{spec}")
+  try:
+    model = Path(path).expanduser().read_text()
+    library = tokenizers.Tokenizer.from_str(model)
+  except OSError as e:
+    raise UserError(*field, f"cannot be read: {e.strerror}; name a local tokenizer.json") from None
+  except Exception as e:  # the library raises no class of its own
+    raise UserError(*field, f"is no tokenizer.json: {' '.join(str(e).split())}") from None
+  # The file may say how its first user cut and padded: not what a document is.
+  library.no_truncation()
+  library.no_padding()
+  library.encode_special_tokens = True
+  ids = library.get_vocab()
+  name = eod_token or next((token for token in _ENDS if token in ids), "")
+  fix = f"has no token {eod_token}" if eod_token else f"has none of {' '.join(_ENDS)}"
+  check(name in ids, *field, f"{fix}; name the token that ends a document: hf:{path}?eod=TOKEN")
+  eod, vocab = ids[name], max(ids.values()) + 1
+  sha256 = hashlib.sha256(f"{eod} {model}".encode()).hexdigest()
+  encode = _without(eod, _encoder(library), *field)
+  if isinstance(library.decoder, decoders.ByteLevel):
+    decode = _joiner(_pieces(library, vocab))
+  else:
+    decode = lambda ids: library.decode([int(i) for i in ids], skip_special_tokens=True).encode()
+  return Tokenizer("hf", vocab, eod, sha256, encode, decode, model)
+
+
+def _encoder(library: tokenizers.Tokenizer) -> Callable[[Sequence[bytes]], list[np.ndarray]]:
   def encode_batch(documents: Sequence[bytes]) -> list[np.ndarray]:
     ids = []
     for i in range(0, len(documents), _BATCH):
       texts = [d.decode("utf-8") for d in documents[i : i + _BATCH]]
-      ids += [np.array(e.ids, np.int32) for e in learnt.encode_batch_fast(texts, add_special_tokens=False)]
+      ids += [np.array(e.ids, np.int32) for e in library.encode_batch_fast(texts, add_special_tokens=False)]
     return ids
 
+  return encode_batch
+
+
+def _without(eod: int, encode_batch, field: str, value: str):
+  """`encode_batch`, refusing text that would end its own document."""
+
+  def checked(documents: Sequence[bytes]) -> list[np.ndarray]:
+    encoded = encode_batch(documents)
+    ends = any((ids == eod).any() for ids in encoded)
+    check(not ends, field, value, "a document's text encodes to the token that ends documents; choose another ?eod=")
+    return encoded
+
+  return checked
+
+
+def _joiner(pieces: Sequence[bytes]) -> Callable[[Sequence[int]], bytes]:
+  return lambda ids: b"".join(pieces[i] for i in ids)
+
+
+def _pieces(library: tokenizers.Tokenizer, vocab: int) -> list[bytes]:
+  """What each id of a byte-level tokenizer stands for; special tokens stand for none."""
   to_byte = {char: byte for byte, char in enumerate(_alphabet())}
+  added = library.get_added_tokens_decoder()
   pieces = [b""] * vocab
-  for piece, i in learnt.get_vocab().items():
-    pieces[i] = bytes(to_byte[char] for char in piece)
-  sha256 = hashlib.sha256(f"{vocab} {model}".encode()).hexdigest()
-  return Tokenizer("bpe", vocab, sha256, tuple(pieces), encode_batch)
+  for piece, i in library.get_vocab().items():
+    if i in added:
+      pieces[i] = b"" if added[i].special else piece.encode()
+    else:
+      pieces[i] = bytes(to_byte[char] for char in piece)
+  return pieces
 
 
 def _train(corpus: Corpus, vocab: int) -> str:

@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def config(folder, **kwargs):
-  return data.TextConfig(source=f"files:{folder}", **kwargs)
+  return data.TextConfig(source=(f"files:{folder}",), **kwargs)
 
 
 def decoded(loaded, split):
@@ -95,7 +95,7 @@ def test_rows_of_one_token_are_refused(folder):
 @pytest.mark.parametrize(
   ("kwargs", "told"),
   [
-    ({"tokenizer": "words"}, "tokenizer=words: choose bytes or bpe"),
+    ({"tokenizer": "words"}, "tokenizer=words: choose bytes, bpe or hf:PATH/tokenizer.json"),
     ({"bpe_vocab": 256}, "bpe_vocab=256: use at least 257"),
     ({"max_bad_records": -1}, "max_bad_records=-1: "),
   ],
@@ -119,11 +119,11 @@ def test_config_annotations_are_plain_types():
   hints = typing.get_type_hints(data.TextConfig)
   for field in dataclasses.fields(data.TextConfig):
     hint = hints[field.name]
-    assert hint in (int, float, bool, str) or typing.get_origin(hint) is typing.Literal
+    assert hint in (int, str, tuple[str, ...], tuple[float, ...])
 
 
 def test_importing_the_package_is_lean():
   code = "import sys, research.data; print([m for m in %r if m in sys.modules])"
-  heavy = ("tensorflow", "torch", "tensorflow_datasets", "pandas", "sklearn", "transformers", "matplotlib")
+  heavy = ("tensorflow", "torch", "tensorflow_datasets", "pandas", "sklearn", "transformers", "matplotlib", "pyarrow")
   out = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, check=True).stdout
   assert out.strip() == "[]"

@@ -122,7 +122,7 @@ def test_it_is_a_sequence_of_rows():
   for i in (-1, len(source)):
     with pytest.raises(IndexError):
       source[i]
-  assert repr(source) == f"PackedDocuments(30 documents, {len(source)} rows of 16)"
+  assert repr(source) == f"PackedDocuments({len(source)} rows of 16)"
 
 
 def test_rows_own_their_memory():

@@ -155,11 +155,11 @@ def test_one_bad_record_too_many_names_the_file(folder):
 @pytest.mark.parametrize(
   ("source", "told"),
   [
-    ("tfds", "choose one of stdlib, files"),
+    ("wikipedia", "choose one of stdlib, files, tfds, shards"),
     ("stdlib:3.8", "takes no argument"),
     ("files:", "name a directory"),
     ("files:{}/missing", "no such directory"),
-    ("files:{}", "holds no .txt, .md or .py file"),
+    ("files:{}", "holds no .txt, .md, .py, .jsonl or .parquet file"),
   ],
 )
 def test_a_wrong_source_is_told_in_a_line(source, told, tmp_path):
