@@ -211,7 +211,7 @@ def _not_prepared(tensorflow_datasets, argument: str, root: str) -> str:
 
 def _no_field(features, field: str) -> str:
   return (
-    f"has no field {field}; choose one with ?field= from {', '.join(features) if hasattr(features, 'keys') else '-'}"
+    f"has no field {field}; choose one with ?field= from {', '.join(sorted(features)) if hasattr(features, 'keys') else '-'}"
   )
 
 

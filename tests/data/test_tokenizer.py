@@ -8,8 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from research.data import text, tokenizer
+from research.data.packing import PackedDocuments
+from research.errors import UserError
 
 WORDS = [
   "def",
@@ -148,3 +151,64 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, ca
   monkeypatch.setenv("REPRISE_CACHE", str(tmp_path / "file"))
   assert tokenizer.bpe(corpus(), 400).decode(tokenizer.bpe(corpus(), 400).encode(b"abc")) == b"abc"
   assert "not kept" in caplog.text
+
+
+def hf_file(path, learnt, specials=("<s>", "<|endoftext|>")):
+  """A tokenizer.json as published models have it: byte-level, special tokens, and settings to be ignored."""
+  library = hf.Tokenizer.from_str(learnt.model)
+  library.add_special_tokens(list(specials))
+  library.enable_truncation(5)
+  library.enable_padding(length=5)
+  library.save(str(path))
+  return library
+
+
+def test_a_hugging_face_file_is_read_as_it_is(tmp_path):
+  library = hf_file(tmp_path / "tokenizer.json", tokenizer.bpe(corpus(), 400))
+  read = tokenizer.hugging_face(f"{tmp_path}/tokenizer.json")
+  assert read.vocab == library.get_vocab_size()
+  assert read.eod == library.token_to_id("<|endoftext|>")
+  library.no_truncation()
+  library.no_padding()
+  plain = "grün tokens window"
+  assert read.encode(plain.encode()).tolist() == library.encode(plain).ids
+  for string in TEXTS:
+    ids = read.encode(string.encode())
+    assert read.decode(ids) == string.encode()
+    assert read.eod not in ids
+  assert read.decode([read.eod]) == b""
+
+
+def test_the_end_token_of_a_hugging_face_file_can_be_named(tmp_path):
+  library = hf_file(tmp_path / "t.json", tokenizer.bpe(corpus(), 400), ("<s>", "<|im_end|>"))
+  with pytest.raises(UserError, match=r"^tokenizer=hf:.*has none of .*; name the token .*\?eod=TOKEN$"):
+    tokenizer.hugging_face(f"{tmp_path}/t.json")
+  with pytest.raises(UserError, match=r"has no token </x>"):
+    tokenizer.hugging_face(f"{tmp_path}/t.json?eod=</x>")
+  named = tokenizer.hugging_face(f"{tmp_path}/t.json?eod=<|im_end|>")
+  assert named.eod == library.token_to_id("<|im_end|>")
+  assert named.sha256 != tokenizer.hugging_face(f"{tmp_path}/t.json?eod=<s>").sha256
+
+
+def test_a_hugging_face_file_that_is_not_byte_level_decodes_to_text(tmp_path):
+  library = hf.Tokenizer(hf.models.WordLevel({"the": 0, "window": 1, "</s>": 2, "?": 3}, unk_token="?"))
+  library.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+  library.save(str(tmp_path / "t.json"))
+  read = tokenizer.hugging_face(f"{tmp_path}/t.json")
+  assert read.decode(read.encode(b"the window")) == b"the window"
+  with pytest.raises(UserError, match="a document's text encodes to the token that ends documents"):
+    read.encode(b"the </s> window")
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "cannot be read"), ("{}", "is no tokenizer.json"), ("", "is no")])
+def test_a_wrong_hugging_face_file_is_told_in_a_line(tmp_path, content, told):
+  if content is not None:
+    (tmp_path / "t.json").write_text(content)
+  with pytest.raises(UserError, match=told) as e:
+    tokenizer.hugging_face(f"{tmp_path}/t.json")
+  assert "\n" not in str(e.value)
+
+
+def test_an_end_token_with_a_small_id_does_not_narrow_the_others():
+  packed = PackedDocuments([np.array([70_000, 3])], 3, 2, drop_last=False)
+  assert packed[0]["targets"].tolist() == [70_000, 3, 2]
