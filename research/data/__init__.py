@@ -108,7 +108,6 @@ def load(cfg: TextConfig, length: int, seed: int) -> TextData:
   return TextData(tokenizer, cfg.weights, tuple(parts), read)
 
 
-@functools.lru_cache(maxsize=2)
 def load_tokenizer(cfg: TextConfig) -> Tokenizer:
   """The tokenizer of `cfg` alone: at once, but for a `bpe` without shards, whose corpus is read to know it."""
   if cfg.tokenizer == "bpe" and not _in_shards(cfg):

@@ -129,7 +129,10 @@ def _jsonl(name: str, path: Path, field: str) -> Iterator[Record]:
 
 
 def _json_field(line: bytes, field: str) -> bytes:
-  value = json.loads(line)
+  try:
+    value = json.loads(line)
+  except RecursionError as e:
+    raise ValueError("the line is nested too deeply") from e
   if not isinstance(value, dict):
     raise ValueError("the line is no JSON object")
   if field not in value:
@@ -171,9 +174,10 @@ def tfds(source: str, argument: str, field: str = "text", split: str = "train", 
     builder = tensorflow_datasets.core.read_only_builder.builder_from_files(argument, data_dir=root)
   except Exception:  # whatever kept tfds from finding it, what helps is in the line
     raise UserError("source", source, _not_prepared(tensorflow_datasets, argument, root)) from None
-  splits, features = list(builder.info.splits), builder.info.features
+  splits, features = list(builder.info.splits), sorted(getattr(builder.info.features, "keys", list)())
   check(split in splits, "source", source, f"has no split {split}; choose one with ?split= from {', '.join(splits)}")
-  check(hasattr(features, "keys") and field in features, "source", source, _no_field(features, field))
+  fix = f"has no field {field}; choose one with ?field= from {', '.join(features) or 'none'}"
+  check(field in features, "source", source, fix)
   held_out = next((name for name in ("validation", "test") if name in splits and name != split), None)
   parts = {split: None if held_out is None else "train"} | ({held_out: "validation"} if held_out else {})
   try:
@@ -207,12 +211,6 @@ def _not_prepared(tensorflow_datasets, argument: str, root: str) -> str:
     return f'is not prepared under {root} (nor fetched by a run); prepare it once: python -c "{command}"'
   close = difflib.get_close_matches(dataset, known, n=1)
   return f"tfds has no such dataset{f'; did you mean {close[0]}?' if close else f', nor has {root}'}"
-
-
-def _no_field(features, field: str) -> str:
-  return (
-    f"has no field {field}; choose one with ?field= from {', '.join(sorted(features)) if hasattr(features, 'keys') else '-'}"
-  )
 
 
 def _encode(value: object, field: str) -> bytes:

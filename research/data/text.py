@@ -119,10 +119,11 @@ def _good(records: Iterable[Record], max_bad_records: int, bad: list[str]) -> It
       data.decode("utf-8")
     except sources.BAD as e:
       bad.append(record.name)
+      why = " ".join(str(e).split())  # a library's message may have several lines
       if len(bad) > max_bad_records:
-        fix = f"{record.name} is bad record number {len(bad)} ({e}); repair or remove it, or raise the limit"
+        fix = f"{record.name} is bad record number {len(bad)} ({why}); repair or remove it, or raise the limit"
         raise UserError("max_bad_records", max_bad_records, fix) from e
-      _log.warning("skipped %s: %s", record.name, e)
+      _log.warning("skipped %s: %s", record.name, why)
       continue
     digest = hashlib.sha256(data).digest()[:16]
     if data and digest not in seen:

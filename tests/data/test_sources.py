@@ -83,11 +83,11 @@ def test_two_records_are_enough_for_two_splits(tmp_path):
 
 def test_bad_lines_and_rows_are_named(tmp_path):
   good = [json.dumps({"text": t}) for t in TEXTS]
-  bad = ["{", "[1]", '{"body": "x"}', '{"text": 3}', '{"text": "\\ud800"}']
+  bad = ["{", "[1]", '{"body": "x"}', '{"text": 3}', '{"text": "\\ud800"}', "[" * 10**5]
   (tmp_path / "a.jsonl").write_text("\n".join([*good[:50], *bad, *good[50:]]))
   as_parquet(tmp_path / "b.parquet", ["row", None, "row too"])
-  read = text.read(f"files:{tmp_path}", max_bad_records=6)
-  assert read["train"].bad == (*(f"a.jsonl:{i}" for i in range(51, 56)), "b.parquet:2")
+  read = text.read(f"files:{tmp_path}", max_bad_records=7)
+  assert read["train"].bad == (*(f"a.jsonl:{i}" for i in range(51, 57)), "b.parquet:2")
   assert contents(read) == sorted([*TEXTS, "row", "row too"])
   with pytest.raises(UserError, match=r"a\.jsonl:53 is bad record number 3 \(no field text, choose .* from body\)"):
     text.read(f"files:{tmp_path}", max_bad_records=2)
@@ -164,6 +164,13 @@ def test_tfds_mistakes_are_told_in_a_line(tmp_path):
   assert f"t.data_source('ag_news_subset', data_dir='{tmp_path}')" in missing
   assert told(f"tfds:ag_news_subse?dir={tmp_path}") == "tfds has no such dataset; did you mean ag_news_subset?"
   assert told("tfds:").startswith("name a dataset")
+
+
+def test_tfds_prepared_in_another_format_is_told(tmp_path):
+  source = every_source.tfds(tmp_path)
+  (path,) = tmp_path.rglob("dataset_info.json")
+  path.write_text(path.read_text().replace("array_record", "tfrecord"))
+  assert told(source) == "is prepared as tfrecord; prepare it with file_format=array_record"
 
 
 def test_a_damaged_tfds_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """The tool that writes shards: killed and continued it ends with the same bytes; mistakes are one line."""
 
+import fcntl
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from research import data
+from research.data import tokenizer
 from research.errors import UserError
 from research.tools import tokenize
 from tests.data import every_source
@@ -126,6 +129,34 @@ def test_mistakes_are_told_in_a_line(tmp_path, run, texts, arguments, told):
     run(f"--source={texts}", "--tokenizer=bytes", f"--out={tmp_path / 'out'}", *arguments)
   assert str(e.value).startswith(told)
   assert "\n" not in str(e.value)
+
+
+def test_a_hugging_face_tokenizer_is_kept_beside_the_shards_and_checked(tmp_path, run, texts):
+  library = tokenizer.bpe(data.text.read(texts)["train"], 300)
+  for name, eod in (("a", "<|endoftext|>"), ("b", "</s>")):
+    copy = hf.Tokenizer.from_str(library.model)
+    copy.add_special_tokens([eod])
+    copy.save(str(tmp_path / f"{name}.json"))
+  out = tmp_path / "out"
+  run(f"--source={texts}", f"--tokenizer=hf:{tmp_path}/a.json", f"--out={out}")
+  cfg = data.TextConfig(source=(f"shards:{out}",), tokenizer=f"hf:{out}/tokenizer.json")
+  loaded = data.load(cfg, 16, 0)
+  assert loaded.tokenizer.vocab == 300
+  assert loaded.info()["bytes_per_token"]["train"] > 2
+  with pytest.raises(UserError, match="was written with hf of 300 ids, sha256 .*; use that"):
+    data.load(data.TextConfig(source=cfg.source, tokenizer=f"hf:{tmp_path}/b.json"), 16, 0)
+  (tmp_path / "a.json").write_bytes((tmp_path / "b.json").read_bytes())
+  with pytest.raises(UserError, match="is not the one that the shards in .* were written with"):
+    run(f"--source={texts}", f"--tokenizer=hf:{tmp_path}/a.json", f"--out={out}")
+
+
+def test_two_writers_do_not_share_a_directory(tmp_path, run, texts):
+  out = tmp_path / "out"
+  out.mkdir()
+  with (out / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is writing there"):
+      run(f"--source={texts}", "--tokenizer=bytes", f"--out={out}")
 
 
 def test_only_people_see_a_progress_bar_and_a_mistake_ends_with_status_2(tmp_path, texts):
