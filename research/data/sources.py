@@ -209,8 +209,9 @@ def _not_prepared(tensorflow_datasets, argument: str, root: str) -> str:
   if dataset in known or os.path.isdir(os.path.join(root, dataset)):
     command = f"import tensorflow_datasets as t; t.data_source('{name}', data_dir='{root}')"
     return f'is not prepared under {root} (nor fetched by a run); prepare it once: python -c "{command}"'
+  # tfds lists no dataset whose code needs TensorFlow or Beam: such a one may exist, prepared elsewhere.
   close = difflib.get_close_matches(dataset, known, n=1)
-  return f"tfds has no such dataset{f'; did you mean {close[0]}?' if close else f', nor has {root}'}"
+  return f"{root} has no such dataset, nor does tfds list it{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def _encode(value: object, field: str) -> bytes:

@@ -162,7 +162,8 @@ def test_tfds_mistakes_are_told_in_a_line(tmp_path):
   missing = told(f"tfds:ag_news_subset?dir={tmp_path}")
   assert "is not prepared under" in missing
   assert f"t.data_source('ag_news_subset', data_dir='{tmp_path}')" in missing
-  assert told(f"tfds:ag_news_subse?dir={tmp_path}") == "tfds has no such dataset; did you mean ag_news_subset?"
+  misspelt = told(f"tfds:ag_news_subse?dir={tmp_path}")
+  assert misspelt == f"{tmp_path} has no such dataset, nor does tfds list it; did you mean ag_news_subset?"
   assert told("tfds:").startswith("name a dataset")
 
 
