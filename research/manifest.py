@@ -41,13 +41,13 @@ def open_workdir(
   `trains`, when, how and on what. The environment is not recorded: it may hold secrets.
   """
   path = workdir / "manifest.json"
-  now = json.loads(json.dumps({"config": config.flat(cfg), "data": info}))
+  now = _plain({"config": config.flat(cfg), "data": info})
   launches = []
   if path.exists():
     try:
       before = json.loads(path.read_bytes())
       launches = list(before["launches"])
-      differ = _differences(before, now)
+      differ = _differences(before, now, _plain(config.flat(type(cfg)())))
       now["data"] = {**before["data"], **now["data"]}
     except (ValueError, KeyError, TypeError, AttributeError):
       raise UserError("workdir", workdir, "its manifest.json is damaged; use another --workdir") from None
@@ -62,8 +62,9 @@ def open_workdir(
   temporary.replace(path)
 
 
-def _differences(before: dict, now: dict) -> list[str]:
-  old, new = before["config"], now["config"]
+def _differences(before: dict, now: dict, defaults: dict) -> list[str]:
+  # A field that came after the workdir was made had its default.
+  old, new = {**defaults, **before["config"]}, now["config"]
   differ = [
     f"{name}={new.get(name)} (was {old.get(name)})"
     for name in sorted(old.keys() | new.keys())
@@ -71,6 +72,10 @@ def _differences(before: dict, now: dict) -> list[str]:
   ]
   arms = [arm for arm, data in now["data"].items() if before["data"].get(arm, data) != data]
   return differ + [f"the data of arm {arm} (its hash is another)" for arm in arms]
+
+
+def _plain(tree: Any) -> Any:
+  return json.loads(json.dumps(tree))
 
 
 def _launch(spec: str, overrides: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Figures, tables and `results.json` from a workdir's JSON lines. Shared by the experiments' reports."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 import shlex
@@ -29,21 +29,21 @@ def curves(workdir: pathlib.Path, metric: str, kind: str = "eval") -> dict[str, 
   return out
 
 
-def draw(ax, by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], labels: Mapping[str, str]) -> None:
-  """One line an arm: the mean over seeds, in a band from the smallest to the largest."""
+def style(i: int) -> dict[str, Any]:
+  """Colour, marker and line of the i-th thing in a figure: 18 that can be told apart."""
+  line = ("-", "--", ":")[i // len(COLOURS) % 3]
+  return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": line, "markersize": 4}
+
+
+def draw(
+  ax, by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], label: Callable[[str], str] = str
+) -> None:
+  """One line an arm, named by `label(arm)`: the mean over seeds, in a band from the smallest to the largest."""
   for i, (arm, seeds) in enumerate(by_arm.items()):
     steps = sorted(set.intersection(*({step for step, _ in points} for points in seeds.values())))
     values = np.array([[dict(points)[step] for step in steps] for points in seeds.values()])
-    ax.plot(
-      steps,
-      values.mean(0),
-      color=COLOURS[i % len(COLOURS)],
-      marker=MARKERS[i % len(MARKERS)],
-      markersize=4,
-      markevery=max(len(steps) // 12, 1),
-      label=labels.get(arm, arm),
-    )
-    ax.fill_between(steps, values.min(0), values.max(0), color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
+    ax.plot(steps, values.mean(0), markevery=max(len(steps) // 12, 1), label=label(arm), **style(i))
+    ax.fill_between(steps, values.min(0), values.max(0), color=style(i)["color"], alpha=0.2, linewidth=0)
 
 
 def figure(columns: int = 1) -> tuple[Figure, Any]:

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 from typing import Any
@@ -93,20 +94,29 @@ def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[arg
   Raises UserError on anything else.
   """
   argv = sys.argv[1:] if argv is None else argv
-
-  class Parser(argparse.ArgumentParser):
-    def error(self, message):
-      raise UserError("command line", " ".join(argv) or "(empty)", message)
-
-  parser = Parser(allow_abbrev=False, description="Any field of the config can be set: --config.tx.lr=3e-4")
+  parser = Parser(description="Any field of the config can be set: --config.tx.lr=3e-4")
   parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
   if workdir:
     parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
-  overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-  args, rest = parser.parse_known_args([a for a in argv if not a.startswith("--config.")])
-  if rest:
-    raise UserError("command line", rest[0], "unknown argument; settings are given as --config.NAME=VALUE")
-  return args, overrides
+  return parser.parse_with_overrides(argv)
+
+
+class Parser(argparse.ArgumentParser):
+  """For every tool: whatever is wrong with a command line is a UserError, so one line; no abbreviations."""
+
+  def __init__(self, **kwargs):
+    super().__init__(allow_abbrev=False, **kwargs)
+
+  def error(self, message):
+    raise UserError("command line", shlex.join(sys.argv[1:]) or "(empty)", message)
+
+  def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(arguments, the overrides "a.b=c" given as --config.a.b=c). Raises UserError."""
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    args, rest = self.parse_known_args([a for a in argv if not a.startswith("--config.")])
+    if rest:
+      raise UserError("command line", rest[0], "unknown argument; settings are given as --config.NAME=VALUE")
+    return args, overrides
 
 
 def default_workdir(experiment: str, spec: str) -> str:

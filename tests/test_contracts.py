@@ -1,7 +1,9 @@
 """What every experiment and every config promises. New ones are found, not listed."""
 
+import dataclasses
 import json
 import pathlib
+import runpy
 import sys
 
 import jax
@@ -16,7 +18,16 @@ from research.tools import params
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted(p.parent for p in ROOT.glob("experiments/*/experiment.py"))
 CONFIGS = sorted(p.relative_to(ROOT) for p in ROOT.glob("experiments/*/configs/*.py") if p.name != "__init__.py")
+
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parts[1]}-{p.stem}")
+
+# A config file may name arguments of its own that are worth the same tests: ARGS = ("big", "sweep=lr").
+SPECS = [
+  f"{path}:{arg}".removesuffix(":")
+  for path in CONFIGS
+  for arg in ("", *runpy.run_path(str(ROOT / path)).get("ARGS", ()))
+]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.split("configs/")[1])
 
 
 def test_experiments_and_configs_are_found():
@@ -50,9 +61,10 @@ def test_a_config_is_short_and_says_what_it_is(path):
   assert "Cost:" in text
 
 
-@every_config
-def test_the_full_size_step_traces_without_a_device(path):
-  for _, cfg in config.expand(config.load(str(path))):
+@every_spec
+def test_the_full_size_step_traces_without_a_device(spec):
+  whole = config.load(spec)
+  for _, cfg in config.expand(dataclasses.replace(whole, seeds=whole.seeds[:1])):
     with jax.sharding.use_abstract_mesh(abstract_mesh(cfg.mesh, least_devices(cfg.mesh))):
       exp = config.experiment_module(cfg.experiment).build(cfg)
       assert isinstance(exp, Experiment)
@@ -61,13 +73,13 @@ def test_the_full_size_step_traces_without_a_device(path):
       assert sum(exp.flops_per_token.values()) > 0
 
 
-@every_config
-def test_the_parameter_table_adds_up(path, monkeypatch, capsys):
-  monkeypatch.setattr(sys, "argv", ["params", f"--config={path}"])
+@every_spec
+def test_the_parameter_table_adds_up(spec, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["params", f"--config={spec}"])
   params.main()
   told = capsys.readouterr().out
-  for arm, cfg in config.expand(config.load(str(path))):
-    if cfg.seed == config.load(str(path)).seed:
+  for arm, cfg in config.expand(config.load(spec)):
+    if cfg.seed == config.load(spec).seed:
       table = told.split(f"arm {arm}:")[1].split("\n\n")[1].splitlines()[2:]
       counts = [int(row.split("|")[-2].replace(",", "")) for row in table]
       assert sum(counts[:-1]) == counts[-1] > 0
@@ -77,8 +89,11 @@ def test_the_parameter_table_adds_up(path, monkeypatch, capsys):
 def test_tiny_takes_two_steps_and_writes_its_report(path, monkeypatch, tmp_path, capsys):
   cfg = config.load(f"{path}:tiny")
   module = __import__(f"experiments.{cfg.experiment}.__main__", fromlist=["build", "report"])
-  arguments = [f"--config={path}:tiny", "--config.steps=3", f"--config.seeds={cfg.seed}", f"--workdir={tmp_path}"]
-  monkeypatch.setattr(sys, "argv", ["x", *arguments])
+  overrides = ["steps=3", f"seeds={cfg.seed}", f"only={','.join(name for name, *_ in cfg.arms[:3])}"]
+  cfg = config.load(f"{path}:tiny", overrides)
+  monkeypatch.setattr(
+    sys, "argv", ["x", f"--config={path}:tiny", *(f"--config.{o}" for o in overrides), f"--workdir={tmp_path}"]
+  )
   run.main(module.build, module.report)
   records = writers.read(tmp_path / "metrics.jsonl")
   for arm, single in config.expand(cfg):
@@ -94,9 +109,7 @@ def test_tiny_takes_two_steps_and_writes_its_report(path, monkeypatch, tmp_path,
   results = json.loads((tmp_path / "report" / "results.json").read_text())
   assert {"command", "commit", "seeds", "hardware", "results"} <= results.keys()
   about = json.loads((tmp_path / "manifest.json").read_text())
-  assert about["config"] == json.loads(
-    json.dumps(config.flat(config.load(f"{path}:tiny", ["steps=3", f"seeds={cfg.seed}"])))
-  )
+  assert about["config"] == json.loads(json.dumps(config.flat(cfg)))
   assert results["command"].startswith(f"python -m experiments.{cfg.experiment} --config={path}:tiny --config.steps=3")
   assert {"argv", "overrides", "versions", "devices", "git", "python", "time"} <= about["launches"][0].keys()
   assert "report" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """python -m experiments.kvshift --config=experiments/kvshift/configs/main.py --workdir=DIR"""
 
 from experiments.kvshift.experiment import build
-from experiments.kvshift.report import report
+from experiments.kvshift.reports import report
 from research import run
 
 if __name__ == "__main__":

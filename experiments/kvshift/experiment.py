@@ -1,4 +1,4 @@
-"""KV shifting attention against plain attention, on text and on induction."""
+"""KV shifting attention against plain attention and its peers, on text and on synthetic tasks."""
 
 import dataclasses
 import functools
@@ -7,7 +7,10 @@ from typing import Literal
 import jax
 
 from experiments.kvshift.attention import KVShift
-from experiments.kvshift.induction import InductionConfig, InductionRows, induction_loss
+from experiments.kvshift.tasks import TASKS
+from experiments.kvshift.tasks.induction import InductionConfig
+from experiments.kvshift.tasks.rows import answer_loss
+from experiments.kvshift.variants import VARIANTS
 from research import data, optim
 from research.config import RunConfig
 from research.data import TextConfig
@@ -16,12 +19,16 @@ from research.fit import Experiment
 from research.mesh import batch_shard
 from research.models.transformer import Transformer, TransformerConfig, flops_per_token, next_token_loss
 
+ATTENTIONS = {"plain": None, "kvshift": KVShift, **VARIANTS}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
   experiment: str = "kvshift"
-  task: Literal["text", "induction"] = "text"
-  attention: Literal["plain", "kvshift"] = "kvshift"
+  task: Literal["text", *TASKS] = "text"
+  attention: Literal[*ATTENTIONS] = "kvshift"
+  report: Literal["loss", "accuracy", "sweep", "learned", "theory"] = "loss"
+  sweep: str = ""  # report=sweep: the field on the x axis, e.g. model.width
   model: TransformerConfig = TransformerConfig()
   data: TextConfig = TextConfig()  # task=text
   induction: InductionConfig = InductionConfig()  # task=induction
@@ -30,7 +37,7 @@ class Config(RunConfig):
 def build(cfg: Config) -> Experiment:
   """One run of one attention with one seed. Call it under the run's mesh; it reads no data yet."""
   cfg.model.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), cfg.mesh.partition)
-  source, info, loss = {"text": _text, "induction": _induction}[cfg.task](cfg)
+  source, info, loss = _text(cfg) if cfg.task == "text" else _synthetic(cfg)
 
   def rows(split):
     shard = batch_shard(jax.sharding.get_mesh())
@@ -47,8 +54,8 @@ def build(cfg: Config) -> Experiment:
 
 
 def make_model(cfg: Config, key: jax.Array) -> Transformer:
-  """The transformer of the zoo, with or without the shift; all shared weights start the same."""
-  return Transformer(key, cfg.model, cfg.mesh.partition, KVShift if cfg.attention == "kvshift" else None)
+  """The transformer of the zoo with one of the attentions; all shared weights start the same."""
+  return Transformer(key, cfg.model, cfg.mesh.partition, ATTENTIONS[cfg.attention])
 
 
 def _text(cfg: Config):
@@ -65,10 +72,10 @@ def _text(cfg: Config):
   return lambda split: load().split(split), lambda: load().info(), next_token_loss
 
 
-def _induction(cfg: Config):
-  source = functools.partial(InductionRows, cfg.induction, cfg.model.vocab, cfg.length, cfg.seed)
+def _synthetic(cfg: Config):
+  rows = functools.partial(TASKS[cfg.task], getattr(cfg, cfg.task), cfg.model.vocab, cfg.length, cfg.seed)
 
   def info():
-    return {"source": "induction", "rows": {split: len(source(split)) for split in ("train", "validation")}}
+    return {"source": cfg.task, "rows": {split: len(rows(split)) for split in ("train", "validation")}}
 
-  return source, info, induction_loss
+  return rows, info, answer_loss

@@ -31,12 +31,7 @@ def main() -> None:
     save(args.out, logits(model, cfg.vocab, tokens))
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-  class Parser(argparse.ArgumentParser):
-    def error(self, message):
-      raise UserError("command line", " ".join(argv) or "(empty)", message)
-
-  parser = Parser(allow_abbrev=False, prog="python -m research.tools.logits", description=__doc__.split(":")[0])
+def parse(argv: list[str]) -> argparse.Namespace:  parser = run.Parser(prog="python -m research.tools.logits", description=__doc__.split(":")[0])
   parser.add_argument("--weights", required=True, metavar="DIR", help="config.json and safetensors files")
   parser.add_argument("--tokens", required=True, metavar="FILE.npz", help="with an array `tokens` [batch, length]")
   parser.add_argument("--out", required=True, metavar="FILE.npz", help="gets float32 `logits` [batch, length, vocab]")

@@ -50,13 +50,8 @@ def main() -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
   """The command line. Raises UserError."""
-
-  class Parser(argparse.ArgumentParser):
-    def error(self, message):
-      raise UserError("command line", " ".join(argv) or "(empty)", message)
-
   default = {f.name: f.default for f in dataclasses.fields(TextConfig)}
-  parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--source", required=True, help="stdlib, files:DIR or tfds:NAME, see docs/data.md")
   parser.add_argument("--out", required=True, metavar="DIR", help="where the shards and manifest.json go")
   parser.add_argument("--tokenizer", required=True, help="bytes, bpe or hf:PATH/tokenizer.json")

@@ -4,7 +4,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from experiments.kvshift.induction import InductionConfig, InductionRows, induction_loss
+from experiments.kvshift.tasks.induction import InductionConfig, InductionRows
+from experiments.kvshift.tasks.rows import answer_loss
 
 ROWS = InductionRows(InductionConfig(keys=6), vocab=40, length=32, seed=3, split="train")
 
@@ -48,7 +49,7 @@ def test_a_model_that_looks_back_is_right_everywhere():
       return jnp.asarray(out)
 
   batch = {name: np.stack([ROWS[i][name] for i in range(8)]) for name in ROWS[0]}
-  means = induction_loss(LooksBack(), batch, jax.random.key(0))
+  means = answer_loss(LooksBack(), batch, jax.random.key(0))
   assert float(means["accuracy"].value) == 1
   assert float(means["loss"].value) < 1e-6
   assert float(means["loss"].weight) == batch["weights"].sum() > 0

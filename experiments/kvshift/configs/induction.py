@@ -13,7 +13,7 @@ from research import config
 def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
-  c.task = "induction"
+  c.task, c.report = "induction", "accuracy"
   c.steps, c.batch, c.length = 1000, 64, 64
   c.seeds = (0, 1, 2)
   c.arms = (

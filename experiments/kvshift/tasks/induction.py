@@ -6,13 +6,10 @@ this one is clean: in every row each key is always followed by the same value.
 
 import dataclasses
 
-import jax
-from jax import numpy as jnp
 import numpy as np
 
+from experiments.kvshift.tasks.rows import row
 from research.errors import check
-from research.metrics import Mean
-from research.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,7 @@ class InductionConfig:
 class InductionRows:
   """Random access to rows "k v k v ..."; row i depends only on (seed, split, i).
 
-  A row is a dict of [length] arrays as in `research.data`; `weights` is 1 where a
+  A row is a dict of [length] arrays as `tasks.rows.row` makes it; `weights` is 1 where a
   key stands that has stood in the row before, so that its value can be known, else 0.
   """
 
@@ -54,27 +51,7 @@ class InductionRows:
     first = np.unique(drawn, return_index=True)[1]
     weights[::2] = 1
     weights[2 * first] = 0
-    return {
-      "tokens": tokens,
-      "targets": np.append(tokens[1:], np.int32(0)),
-      "segment_ids": np.ones(self.length, np.int32),
-      "positions": np.arange(self.length, dtype=np.int32),
-      "weights": weights,
-    }
+    return row(tokens, weights)
 
   def __repr__(self) -> str:
     return f"InductionRows({self.cfg}, {self.vocab}, {self.length}, {self.seed})"
-
-
-def induction_loss(model: Transformer, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, Mean]:
-  """Cross-entropy and accuracy where the answer has been seen; the vocabulary is small enough for all logits."""
-  del key  # deterministic
-  logits = model.logits(batch["tokens"], batch["segment_ids"], batch["positions"])
-  targets, weights = batch["targets"], batch["weights"]
-  # a comparison, not a gather: the vocabulary may be cut along the mesh
-  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-  right = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-  nll = jax.nn.logsumexp(logits, axis=-1) - right
-  weight = jnp.sum(weights)
-  correct = jnp.sum(weights * (right == jnp.max(logits, axis=-1)))
-  return {"loss": Mean(jnp.sum(weights * nll), weight), "accuracy": Mean(correct, weight)}

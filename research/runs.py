@@ -1,0 +1,77 @@
+"""Trained models out of workdirs, for tools and notebooks."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from research import config
+from research import mesh as meshes
+from research.checkpoint import Checkpoints
+from research.errors import UserError, check
+
+
+def read_config(workdir: str | pathlib.Path) -> config.RunConfig:
+  """The config that a workdir's manifest records. Raises UserError."""
+  path = pathlib.Path(workdir, "manifest.json")
+  try:
+    recorded = json.loads(path.read_bytes())["config"]
+    tree: dict[str, Any] = {}
+    for name, value in recorded.items():
+      *groups, leaf = name.split(".")
+      node = tree
+      for group in groups:
+        node = node.setdefault(group, {})
+      node[leaf] = value
+    name = tree.get("experiment", "")
+  except OSError:
+    raise UserError("workdir", workdir, "has no manifest.json; give the directory of a run") from None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise UserError("workdir", workdir, "its manifest.json is damaged") from None
+  return config.freeze(config.experiment_module(name).Config, tree)
+
+
+def find(workdir: str | pathlib.Path, run: str | None = None) -> tuple[str, config.RunConfig]:
+  """(name, config) of one of a workdir's runs, "ARM-SEED", with steps saved; None: the only one. Raises UserError."""
+  held = {f"{arm}-{cfg.seed}": cfg for arm, cfg in config.expand(read_config(workdir))}
+  for path in pathlib.Path(workdir, "checkpoints").glob("*"):  # seeds may have been added by a later command
+    arm, _, seed = path.name.rpartition("-")
+    cfg = next((c for name, c in held.items() if name.rpartition("-")[0] == arm), None)
+    if path.name not in held and cfg is not None and seed.isdecimal():
+      held[path.name] = config.freeze(type(cfg), {**config.as_configdict(cfg), "seeds": (int(seed),)})
+  held = {name: cfg for name, cfg in held.items() if Checkpoints(_steps(workdir, name)).steps()}
+  check(bool(held), "workdir", workdir, "holds no checkpoint yet")
+  choices = ", ".join(held)
+  if run is None:
+    check(len(held) == 1, "run", "not given", f"{workdir} holds several; choose from {choices}")
+    return next(iter(held.items()))
+  check(run in held, "run", run, f"no such run with a checkpoint; choose from {choices}")
+  return run, held[run]
+
+
+def load(workdir: str | pathlib.Path, run: str | None = None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+  """(config, model) of the newest step of a workdir's run ("ARM-SEED"; None: the only one).
+
+  The model is placed on the current mesh. overrides: "path=value" items, of `mesh.`
+  and of how the model is executed. Raises UserError.
+  """
+  name, cfg = find(workdir, run)
+  cfg = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+  exp = config.experiment_module(cfg.experiment).build(cfg)
+  abstract = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+  mesh = jax.sharding.get_mesh()
+  stand = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  abstract = {"model": jax.tree.map(stand, abstract)}
+  restored = Checkpoints(_steps(workdir, name)).restore(abstract, partial=True)
+  return cfg, restored.state["model"]
+
+
+def one_device() -> Any:
+  """`with one_device():` the first device is the mesh."""
+  return jax.set_mesh(meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1]))
+
+
+def _steps(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
+  return pathlib.Path(workdir, "checkpoints", name)
