@@ -107,8 +107,12 @@ class Parser(argparse.ArgumentParser):
   def __init__(self, **kwargs):
     super().__init__(allow_abbrev=False, **kwargs)
 
+  def parse_known_args(self, args=None, namespace=None):
+    self.given = list(sys.argv[1:] if args is None else args)
+    return super().parse_known_args(self.given, namespace)
+
   def error(self, message):
-    raise UserError("command line", shlex.join(sys.argv[1:]) or "(empty)", message)
+    raise UserError("command line", shlex.join(self.given) or "(empty)", message)
 
   def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(arguments, the overrides "a.b=c" given as --config.a.b=c). Raises UserError."""

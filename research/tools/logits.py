@@ -31,7 +31,8 @@ def main() -> None:
     save(args.out, logits(model, cfg.vocab, tokens))
 
 
-def parse(argv: list[str]) -> argparse.Namespace:  parser = run.Parser(prog="python -m research.tools.logits", description=__doc__.split(":")[0])
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = run.Parser(prog="python -m research.tools.logits", description=__doc__.split(":")[0])
   parser.add_argument("--weights", required=True, metavar="DIR", help="config.json and safetensors files")
   parser.add_argument("--tokens", required=True, metavar="FILE.npz", help="with an array `tokens` [batch, length]")
   parser.add_argument("--out", required=True, metavar="FILE.npz", help="gets float32 `logits` [batch, length, vocab]")
