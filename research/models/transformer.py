@@ -15,10 +15,10 @@ from jax import numpy as jnp
 
 from research.errors import check
 from research.kernels.cross_entropy.api import cross_entropy
-from research.kernels.dispatch import platform
-from research.mesh import HIDDEN, PARTITIONS, MeshConfig, Partition
+from research.kernels.dispatch import place, platform
+from research.mesh import HIDDEN, PARTITIONS, TOKENS, MeshConfig, Partition
 from research.metrics import Mean
-from research.nn.attention import Attention
+from research.nn.attention import Attention, Cache, empty_cache
 from research.nn.init import fan_in
 from research.nn.mlp import SwiGLU
 from research.nn.norms import RMSNorm
@@ -108,6 +108,12 @@ class Block(nnx.Module):
     x = x + self.attention(self.attention_norm(x), segment_ids, positions)
     return x + self.mlp(self.mlp_norm(x))
 
+  def extend(self, x, segment_ids, positions, cache: Cache, layer, fresh: bool) -> tuple[jax.Array, Cache]:
+    """As a call, for tokens that follow those in `cache`."""
+    y, cache = self.attention.extend(self.attention_norm(x), segment_ids, positions, cache, layer, fresh)
+    x = x + y
+    return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Transformer(nnx.Module):
   """Embedding, `layers` blocks, final norm, head. Build it under `jax.set_mesh`.
@@ -137,8 +143,7 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """tokens, segment_ids, positions int32 [batch, length] -> final hidden states [batch, length, width]."""
-    policy = POLICIES[self.cfg.precision]
-    x = policy.weight(self.embed[...]).at[tokens].get(out_sharding=HIDDEN)
+    x = self._embed(tokens)
     f = REMAT[self.cfg.remat](lambda block, x: block(x, segment_ids, positions))
     if _scans(self.cfg.layer_loop):
       x, _ = jax.lax.scan(lambda x, block: (f(block, x), None), x, self.blocks)
@@ -147,6 +152,50 @@ class Transformer(nnx.Module):
         x = f(block, x)
     return self.norm(x)
 
+  def prefill(
+    self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, capacity: int
+  ) -> tuple[jax.Array, Cache]:
+    """As a call; also returns a cache with room for `capacity` tokens a row, for `extend`.
+
+    Rows of different lengths are padded on their left, with segment 0.
+    """
+    cfg, policy = self.cfg, POLICIES[self.cfg.precision]
+    check(tokens.shape[1] <= capacity, "capacity", capacity, f"must be at least the length {tokens.shape[1]}")
+    sizes = (cfg.layers, tokens.shape[0], capacity, cfg.heads, cfg.kv_heads, cfg.head_dim)
+    cache = empty_cache(self.blocks.attention.mix, *sizes, policy.compute)
+    return self._extend(tokens, segment_ids, positions, cache, fresh=True)
+
+  def extend(
+    self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    """Hidden states [batch, length, width] of tokens that follow those in `cache`, and the longer cache.
+
+    The caller sees to it that the cache has room: `cache.length + length <= capacity`.
+    """
+    return self._extend(tokens, segment_ids, positions, cache, fresh=False)
+
+  def _extend(self, tokens, segment_ids, positions, cache: Cache, fresh: bool) -> tuple[jax.Array, Cache]:
+    rows, length = cache.recent.shape[1], tokens.shape[1]
+    tokens, segment_ids, positions = (place(x, TOKENS) for x in (tokens, segment_ids, positions))
+    ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.zeros((), jnp.int32), cache.length))
+    cache = dataclasses.replace(cache, segment_ids=ids)
+    x = self._embed(tokens)
+    if _scans(self.cfg.layer_loop):
+
+      def body(carry, xs):
+        layer, block = xs
+        return block.extend(carry[0], segment_ids, positions, carry[1], layer, fresh), None
+
+      (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.cfg.layers), self.blocks))
+    else:
+      for layer, block in enumerate(_unstack(self.blocks, self.cfg.layers)):
+        x, cache = block.extend(x, segment_ids, positions, cache, jnp.int32(layer), fresh)
+    recent = jnp.concatenate([cache.recent, segment_ids], axis=1)[:, length : length + rows]
+    return self.norm(x), dataclasses.replace(cache, recent=recent, length=cache.length + length)
+
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    return POLICIES[self.cfg.precision].weight(self.embed[...]).at[tokens].get(out_sharding=HIDDEN)
+
   def head_weight(self) -> jax.Array:
     """The output projection [width, vocab] in the compute dtype, gathered along `data`."""
     policy = POLICIES[self.cfg.precision]
@@ -154,7 +203,10 @@ class Transformer(nnx.Module):
 
   def logits(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """float32 logits [batch, length, vocab]. Holds them all: for evaluation and small batches."""
-    x = self(tokens, segment_ids, positions)
+    return self.unembed(self(tokens, segment_ids, positions))
+
+  def unembed(self, x: jax.Array) -> jax.Array:
+    """Final hidden states [batch, length, width] -> float32 logits [batch, length, vocab]."""
     return jnp.einsum("btd,dv->btv", x, self.head_weight(), preferred_element_type=jnp.float32)
 
 

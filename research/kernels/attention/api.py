@@ -8,7 +8,7 @@ from jax import P
 
 from research.errors import check
 from research.kernels import dispatch
-from research.kernels.attention import cudnn, reference, splash, xla
+from research.kernels.attention import cached, cudnn, reference, splash, xla
 from research.mesh import BATCH, TOKENS
 
 HEADS = P(BATCH, None, "model", None)  # [batch, length, heads, head_dim]
@@ -60,6 +60,38 @@ def attention(
   local = functools.partial(IMPLEMENTATIONS[chosen], scale=scale)
   q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
   return dispatch.per_shard(local, (HEADS, HEADS, HEADS, TOKENS), HEADS)(q, k, v, dispatch.place(segment_ids, TOKENS))
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  segment_ids: jax.Array,
+  cached_segment_ids: jax.Array,
+  start: jax.Array,
+  scale: float | None = None,
+) -> jax.Array:
+  """Attention of a few new tokens to themselves and all before them, whose keys and values are kept.
+
+  Args:
+    q: [batch, length, heads, head_dim] of the new tokens, number start ... start + length - 1 of their row.
+    k: [batch, capacity, kv_heads, head_dim], the new tokens' keys included.
+    v: [batch, capacity, kv_heads, head_dim].
+    segment_ids: int32 [batch, length] of the new tokens.
+    cached_segment_ids: int32 [batch, capacity]; token i sees token j <= i of its own segment.
+    start: int32 scalar.
+    scale: a Python number; default 1 / sqrt(head_dim).
+
+  Returns:
+    [batch, length, heads, head_dim] in q's dtype; the softmax is float32 inside. On a mesh
+    cut by batch and heads, as `attention`. Forward only in use; dense, so its memory grows as length x capacity.
+  """
+  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+  local = functools.partial(cached.attention, scale=scale)
+  q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
+  ids = (dispatch.place(x, TOKENS) for x in (segment_ids, cached_segment_ids))
+  return dispatch.per_shard(local, (HEADS, HEADS, HEADS, TOKENS, TOKENS, P()), HEADS)(q, k, v, *ids, start)
 
 
 def _check_shapes(q, k, v, segment_ids):
