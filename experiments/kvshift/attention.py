@@ -25,6 +25,8 @@ class KVShift(nnx.Module):
   a1, b1 ~ U(0, 1), a2 = 1 - a1, b2 = 1 - b1; free after that.
   """
 
+  looks_back = {"k": 1, "v": 1}
+
   def __init__(self, key: jax.Array, cfg: TransformerConfig, partition: Partition):
     policy = POLICIES[cfg.precision]
 

@@ -175,11 +175,8 @@ class Transformer(nnx.Module):
     return self._extend(tokens, segment_ids, positions, cache, fresh=False)
 
   def _extend(self, tokens, segment_ids, positions, cache: Cache, fresh: bool) -> tuple[jax.Array, Cache]:
-    rows, length = cache.recent.shape[1], tokens.shape[1]
     tokens, segment_ids, positions = (place(x, TOKENS) for x in (tokens, segment_ids, positions))
-    ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (jnp.zeros((), jnp.int32), cache.length))
-    cache = dataclasses.replace(cache, segment_ids=ids)
-    x = self._embed(tokens)
+    x, cache = self._embed(tokens), cache.begin(segment_ids)
     if _scans(self.cfg.layer_loop):
 
       def body(carry, xs):
@@ -190,8 +187,7 @@ class Transformer(nnx.Module):
     else:
       for layer, block in enumerate(_unstack(self.blocks, self.cfg.layers)):
         x, cache = block.extend(x, segment_ids, positions, cache, jnp.int32(layer), fresh)
-    recent = jnp.concatenate([cache.recent, segment_ids], axis=1)[:, length : length + rows]
-    return self.norm(x), dataclasses.replace(cache, recent=recent, length=cache.length + length)
+    return self.norm(x), cache.end(segment_ids)
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     return POLICIES[self.cfg.precision].weight(self.embed[...]).at[tokens].get(out_sharding=HIDDEN)

@@ -42,10 +42,22 @@ class Cache:
   segment_ids: jax.Array
   length: jax.Array
 
+  def begin(self, segment_ids: jax.Array) -> "Cache":
+    """For the layers: knows the segments [batch, n] of the n tokens that are to come."""
+    segment_ids = dispatch.place(segment_ids, TOKENS)
+    ids = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (jnp.zeros((), jnp.int32), self.length))
+    return dataclasses.replace(self, segment_ids=ids)
+
+  def end(self, segment_ids: jax.Array) -> "Cache":
+    """After the layers: has these tokens."""
+    (_, rows), (_, n) = self.recent.shape, segment_ids.shape
+    recent = jnp.concatenate([self.recent, dispatch.place(segment_ids, TOKENS)], axis=1)[:, n : n + rows]
+    return dataclasses.replace(self, recent=recent, length=self.length + n)
+
 
 def empty_cache(mix: Callable | None, layers, batch, capacity, heads, kv_heads, head_dim, dtype) -> Cache:
   """A cache without tokens; the look-back of `mix` (its `looks_back`) decides what raw rows it has."""
-  looks_back = getattr(mix, "looks_back", {})
+  looks_back = {} if mix is None else mix.looks_back
   rows = max(looks_back.values(), default=0)
   spec = P(None, *HEADS)
 
@@ -124,8 +136,8 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, Cache]:
     """As a call, for tokens that follow those in `cache`, whose `layer` gets their rows.
 
-    `cache.segment_ids` already has the new tokens, and `cache.length` not yet; `fresh` says
-    that there are no others, so that the kernels for whole rows can be used.
+    Between the cache's `begin` and `end`. `fresh` says that these tokens are the first, so
+    that the kernels for whole rows can be used.
     """
     q, k, v = (dispatch.place(z, HEADS) for z in self._project(x))
     raw = cache.raw
@@ -133,7 +145,7 @@ class Attention(nnx.Module):
       before = cache.recent.shape[1]
       now = {"q": q, "k": k, "v": v}
       rows = {name: jnp.concatenate([_past(raw, name, z, layer, before), z], axis=1) for name, z in now.items()}
-      ids = jnp.concatenate([cache.recent, segment_ids], axis=1)
+      ids = jnp.concatenate([cache.recent, dispatch.place(segment_ids, TOKENS)], axis=1)
       q, k, v = (z[:, before:] for z in self.mix(*rows.values(), ids))
       # The raw rows: what is mixed next must not have been mixed already.
       raw = {name: _put(raw[name], rows[name][:, rows[name].shape[1] - before :], layer) for name in raw}
