@@ -68,9 +68,15 @@ def load(workdir: str | pathlib.Path, run: str | None = None, overrides: Sequenc
   return cfg, restored.state["model"]
 
 
-def one_device() -> Any:
-  """`with one_device():` the first device is the mesh."""
-  return jax.set_mesh(meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1]))
+def mesh(overrides: Sequence[str] = ()):
+  """`with mesh(overrides):` the current mesh is the first device or, if some set `mesh.`, all devices in that shape."""
+  chosen = [item.removeprefix("mesh.") for item in overrides if item.startswith("mesh.")]
+  try:
+    cfg = config.override(config.as_configdict(meshes.MeshConfig()), meshes.MeshConfig, chosen)
+    cfg = config.freeze(meshes.MeshConfig, cfg)
+  except UserError as e:
+    raise e.under("mesh") from None
+  return jax.set_mesh(meshes.make_mesh(cfg, jax.devices() if chosen else jax.devices()[:1]))
 
 
 def _steps(workdir: str | pathlib.Path, name: str) -> pathlib.Path:

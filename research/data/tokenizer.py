@@ -37,6 +37,17 @@ class Tokenizer:
     """int32 [tokens] of a UTF-8 document, without `eod`."""
     return self.encode_batch([document])[0]
 
+  def file(self) -> str:
+    """As a tokenizer.json that `hugging_face` reads; empty where there is none: bytes, or a bpe with ids to spare."""
+    if not self.model:
+      return ""
+    library = tokenizers.Tokenizer.from_str(self.model)
+    if self.eod not in library.get_vocab().values():
+      if library.get_vocab_size() != self.eod:
+        return ""
+      library.add_special_tokens([_ENDS[0]])
+    return library.to_str()
+
 
 def byte_level() -> Tokenizer:
   """One id a byte; 0xFF, which UTF-8 never uses, is `eod`."""

@@ -152,6 +152,14 @@ class Transformer(nnx.Module):
         x = f(block, x)
     return self.norm(x)
 
+  def attention_weights(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """What every head attends to, float32 [layers, batch, heads, length, length]: dense, for looking inside."""
+    x, out = self._embed(tokens), []
+    for block in _unstack(self.blocks, self.cfg.layers):
+      out.append(block.attention.weights(block.attention_norm(x), segment_ids, positions))
+      x = block(x, segment_ids, positions)
+    return jnp.stack(out)
+
   def prefill(
     self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, capacity: int
   ) -> tuple[jax.Array, Cache]:

@@ -10,7 +10,7 @@ from jax import P
 from jax import numpy as jnp
 
 from research.kernels import dispatch
-from research.kernels.attention.api import HEADS, attention, cached_attention
+from research.kernels.attention.api import HEADS, attention, attention_weights, cached_attention
 from research.mesh import HIDDEN, TOKENS, Partition
 from research.nn import rope
 from research.nn.init import fan_in
@@ -130,6 +130,14 @@ class Attention(nnx.Module):
       q, k, v = self.mix(q, k, v, segment_ids)
     q, k = self._rotate(q, k, positions)
     return self._join(attention(q, k, v, segment_ids=segment_ids, implementation=self.implementation))
+
+  def weights(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """What a call attends to, float32 [batch, heads, length, length]: dense, for looking at."""
+    q, k, v = self._project(x)
+    if self.mix is not None:
+      q, k, v = self.mix(q, k, v, segment_ids)
+    q, k = self._rotate(q, k, positions)
+    return attention_weights(q, k, segment_ids=segment_ids)
 
   def extend(
     self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, cache: Cache, layer: int | jax.Array, fresh: bool

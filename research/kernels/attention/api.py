@@ -62,6 +62,13 @@ def attention(
   return dispatch.per_shard(local, (HEADS, HEADS, HEADS, TOKENS), HEADS)(q, k, v, dispatch.place(segment_ids, TOKENS))
 
 
+def attention_weights(q: jax.Array, k: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+  """What `attention` gives each position, [batch, heads, length, length], cut by batch and heads: dense, to look at."""
+  local = functools.partial(reference.weights, scale=1 / math.sqrt(q.shape[-1]))
+  q, k, segment_ids = dispatch.place(q, HEADS), dispatch.place(k, HEADS), dispatch.place(segment_ids, TOKENS)
+  return dispatch.per_shard(local, (HEADS, HEADS, TOKENS), P(BATCH, "model", None, None))(q, k, segment_ids)
+
+
 def cached_attention(
   q: jax.Array,
   k: jax.Array,
