@@ -52,6 +52,7 @@ class Cache:
     """After the layers: has these tokens."""
     (_, rows), (_, n) = self.recent.shape, segment_ids.shape
     recent = jnp.concatenate([self.recent, dispatch.place(segment_ids, TOKENS)], axis=1)[:, n : n + rows]
+    recent = dispatch.place(recent, TOKENS)  # of one row, jax 0.12 forgets where a slice stands
     return dataclasses.replace(self, recent=recent, length=self.length + n)
 
 
