@@ -106,7 +106,7 @@ def parse_arg(arg: str | None, **options: Any) -> ConfigDict:
   always exists; `options` adds others with their defaults. Raises UserError on
   anything else.
   """
-  out = ConfigDict({"tiny": False, **options})
+  out = ConfigDict({"tiny": False, **options}, allow_dotted_keys=True)
   for item in filter(None, (arg or "").split(",")):
     name, eq, text = item.partition("=")
     if name not in out:
