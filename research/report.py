@@ -18,14 +18,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 
 
-def curves(workdir: pathlib.Path, metric: str, kind: str = "eval") -> dict[str, dict[int, list[tuple[int, float]]]]:
-  """{arm: {seed: [(step, value), ...]}} of a metric in `metrics.jsonl`; non-finite values are nan."""
+def curves(
+  workdir: pathlib.Path, metric: str, kind: str = "eval", needed: bool = True
+) -> dict[str, dict[int, list[tuple[int, float]]]]:
+  """{arm: {seed: [(step, value), ...]}} of a metric in `metrics.jsonl`; non-finite values are nan.
+
+  Raises UserError if a `needed` metric is nowhere.
+  """
   out: dict = {}
   for r in writers.read(workdir / "metrics.jsonl"):
     if r["kind"] == kind and metric in r:
       value = float("nan") if r[metric] is None else r[metric]
       out.setdefault(r["arm"], {}).setdefault(r["seed"], []).append((r["step"], value))
-  check(bool(out), "workdir", workdir, f"its metrics.jsonl has no {kind} line with {metric}; use another --workdir")
+  check(
+    bool(out) or not needed,
+    "workdir",
+    workdir,
+    f"its metrics.jsonl has no {kind} line with {metric}; use another --workdir",
+  )
   return out
 
 

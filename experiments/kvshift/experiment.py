@@ -8,8 +8,10 @@ import jax
 
 from experiments.kvshift.attention import KVShift
 from experiments.kvshift.tasks import TASKS
+from experiments.kvshift.tasks.hops import HopsConfig
 from experiments.kvshift.tasks.induction import InductionConfig
-from experiments.kvshift.tasks.rows import answer_loss
+from experiments.kvshift.tasks.math import MathConfig
+from experiments.kvshift.tasks.ngram import NgramConfig
 from experiments.kvshift.variants import VARIANTS
 from research import data, optim
 from research.config import RunConfig
@@ -27,11 +29,15 @@ class Config(RunConfig):
   experiment: str = "kvshift"
   task: Literal["text", *TASKS] = "text"
   attention: Literal[*ATTENTIONS] = "kvshift"
-  report: Literal["loss", "accuracy", "sweep", "learned", "theory"] = "loss"
+  report: Literal["loss", "accuracy", "sweep", "groups", "gaps", "learned", "theory"] = "loss"
   sweep: str = ""  # report=sweep: the field on the x axis, e.g. model.width
   model: TransformerConfig = TransformerConfig()
   data: TextConfig = TextConfig()  # task=text
-  induction: InductionConfig = InductionConfig()  # task=induction
+  # of the synthetic tasks, each under its name
+  induction: InductionConfig = InductionConfig()
+  ngram: NgramConfig = NgramConfig()
+  hops: HopsConfig = HopsConfig()
+  math: MathConfig = MathConfig()
 
 
 def build(cfg: Config) -> Experiment:
@@ -78,4 +84,4 @@ def _synthetic(cfg: Config):
   def info():
     return {"source": cfg.task, "rows": {split: len(rows(split)) for split in ("train", "validation")}}
 
-  return rows, info, answer_loss
+  return rows, info, getattr(cfg, cfg.task).loss

@@ -2,10 +2,18 @@
 
 import pathlib
 
-from experiments.kvshift.reports import accuracy, loss
+from experiments.kvshift.reports import accuracy, gaps, groups, learned, loss, sweep, theory
 from research.config import RunConfig
 
-REPORTS = {"loss": loss.report, "accuracy": accuracy.report}
+REPORTS = {
+  "loss": loss.report,
+  "accuracy": accuracy.report,
+  "sweep": sweep.report,
+  "groups": groups.report,
+  "gaps": gaps.report,
+  "learned": learned.report,
+  "theory": theory.report,
+}
 
 
 def report(workdir: pathlib.Path, cfg: RunConfig) -> None:

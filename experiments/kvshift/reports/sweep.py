@@ -1,0 +1,76 @@
+"""What each attention ends with, against the setting that a config sweeps."""
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from experiments.kvshift.reports.common import MEASURES, finish, label, measured
+from research import config
+from research import mesh as meshes
+from research import report as parts
+from research.config import RunConfig
+
+_WORDS = {"params": "non-embedding parameters", "model.width": "width", "tx.lr": "learning rate"}
+
+
+def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+  """Final accuracy or loss against `cfg.sweep`, by attention: arms are named <attention>-<anything>."""
+  metric, curves = measured(workdir)
+  end = parts.final(curves)
+  at = {arm: _value(single, cfg.sweep) for arm, single in config.expand(cfg) if arm in end}
+  arms, series = {}, {}
+  for arm, by_seed in end.items():
+    arms[arm] = {cfg.sweep: at[arm], metric: by_seed}
+    series.setdefault(arm.partition("-")[0], {})[at[arm]] = list(by_seed.values())
+  name = _WORDS.get(cfg.sweep, cfg.sweep)
+  values = sorted({x for points in series.values() for x in points})
+  rows = [
+    [f"{x:,}" if isinstance(x, int) else f"{x:g}", *(_cell(points.get(x)) for points in series.values())]
+    for x in values
+  ]
+  parts.write_results(workdir, {"arms": arms})
+
+  fig, ax = parts.figure()
+  for i, (attention, points) in enumerate(series.items()):
+    xs = sorted(points)
+    finite = [[v for v in points[x] if math.isfinite(v)] for x in xs]
+    mean = [np.mean(v) if v else math.nan for v in finite]
+    reach = [[m - min(v, default=m) for m, v in zip(mean, finite, strict=True)]]
+    reach += [[max(v, default=m) - m for m, v in zip(mean, finite, strict=True)]]
+    ax.errorbar(xs, mean, yerr=reach, capsize=3, label=label(attention), **parts.style(i))
+  if len(values) > 1 and values[0] > 0 and values[-1] / values[0] > 5:
+    ax.set_xscale("log")
+  ax.set_xticks(values, [f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in values], fontsize=8)
+  ax.set_xticks([], minor=True)
+  ax.set(xlabel=name, ylabel=MEASURES[metric])
+  if metric != "loss":
+    ax.set_ylim(-0.03, 1.03)
+  ax.set_title(f"{cfg.task}: {parts.over_seeds(curves)}", fontsize=10)
+  ax.legend(frameon=False, fontsize=8)
+  header = [name, *(f"{label(attention)} (± SD)" for attention in series)]
+  finish(workdir, fig, "sweep.png", parts.table(header, rows))
+
+
+def _cell(values: list[float] | None) -> str:
+  if not values:
+    return ""
+  finite = [v for v in values if math.isfinite(v)]
+  lost = f" ({len(values) - len(finite)} of {len(values)} diverged)" if len(finite) < len(values) else ""
+  return (parts.spread(finite) if finite else "") + lost
+
+
+def _value(cfg: RunConfig, field: str) -> int | float:
+  # without the coefficients of the attention, so that arms of one size stand at one place
+  return non_embedding(cfg, mix=False) if field == "params" else config.flat(cfg)[field]
+
+
+def non_embedding(cfg: RunConfig, mix: bool = True) -> int:
+  """Parameters of a config's model but for embedding and head (and the mix's); nothing is allocated."""
+  with jax.sharding.use_abstract_mesh(meshes.abstract_mesh(cfg.mesh, meshes.least_devices(cfg.mesh))):
+    init = config.experiment_module(cfg.experiment).build(cfg).init
+    model = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+  leaves = jax.tree_util.tree_leaves_with_path(model)
+  without = {"embed", "head"} if mix else {"embed", "head", "mix"}
+  return sum(x.size for path, x in leaves if not without & {getattr(k, "name", "") for k in path})
