@@ -2,7 +2,7 @@
 
 Reproduces in miniature figure 8 and appendix J of arXiv 2411.19574 (gate, 0 to 1, keys only, values only, windows of 3
 and 4, QKV), and adds what the paper does not compare with: a short depthwise convolution of keys and values, Canon-B.
-Cost: about 9 minutes on 2 CPU cores.
+Cost: about 8 minutes on 2 CPU cores.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/variants.py
 """
@@ -17,7 +17,7 @@ def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
   c.report = "gaps"
-  c.steps, c.batch, c.length = 200, 16, 128
+  c.steps, c.batch, c.length = 150, 16, 128
   c.seeds = (0, 1, 2)
   c.arms = tuple((name, f"attention={name}") for name in ARMS)
   c.model.update(vocab=256, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, mlp_width=384)
