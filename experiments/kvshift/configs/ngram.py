@@ -9,14 +9,14 @@ Cost: about 3 minutes on 2 CPU cores.
 from experiments.kvshift.experiment import Config
 from research import config
 
-SIZES = {"large": (4, 96), "middle": (2, 32), "small": (1, 8)}  # layers, width
+SIZES = {"large": (4, 64), "middle": (2, 32), "small": (1, 8)}  # layers, width
 
 
 def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
   c.task, c.report, c.sweep = "ngram", "sweep", "params"
-  c.steps, c.batch, c.length = 600, 32, 48
+  c.steps, c.batch, c.length = 500, 32, 48
   c.seeds = (0, 1, 2)
   c.arms = tuple(
     (f"{attention}-{name}", f"attention={attention}", f"model.layers={layers}", f"model.width={width}",
