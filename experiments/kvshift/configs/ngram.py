@@ -9,7 +9,7 @@ Cost: about 3 minutes on 2 CPU cores.
 from experiments.kvshift.experiment import Config
 from research import config
 
-SIZES = {"large": (4, 64), "middle": (2, 32), "small": (1, 8)}  # layers, width
+SIZES = {"small": (1, 8), "middle": (2, 32), "large": (4, 64)}  # layers, width
 
 
 def get_config(arg=None):
