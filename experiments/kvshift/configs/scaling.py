@@ -16,7 +16,7 @@ def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
   c.report, c.sweep = "sweep", "params"
-  c.steps, c.batch, c.length = 300, 16, 128
+  c.steps, c.batch, c.length = 200, 16, 128
   c.seeds = (0, 1, 2)
   c.arms = tuple(
     (f"{attention}-{layers}x{width}", f"attention={attention}", f"model.layers={layers}", f"model.width={width}",
@@ -25,6 +25,6 @@ def get_config(arg=None):
     for layers, width, lr in SIZES
   )  # fmt: skip
   c.model.update(vocab=256, head_dim=16, rope_base=100_000.0, precision="float32")
-  c.tx.update(warmup=30, schedule="cosine")
+  c.tx.update(warmup=20, schedule="cosine")
   c.eval_every, c.eval_batches = 0, 32
   return config.shrink(c) if arg.tiny else c

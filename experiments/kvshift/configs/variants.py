@@ -17,11 +17,11 @@ def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
   c.report = "gaps"
-  c.steps, c.batch, c.length = 150, 16, 128
+  c.steps, c.batch, c.length = 120, 16, 128
   c.seeds = (0, 1, 2)
   c.arms = tuple((name, f"attention={name}") for name in ARMS)
   c.model.update(vocab=256, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, mlp_width=384)
   c.model.update(rope_base=100_000.0, precision="float32")
-  c.tx.update(lr=3e-3, warmup=20, schedule="cosine")
+  c.tx.update(lr=3e-3, warmup=12, schedule="cosine")
   c.eval_every, c.eval_batches = 0, 32
   return config.shrink(c) if arg.tiny else c
