@@ -42,5 +42,6 @@ def get_config(arg=None):
   c.tx.update(lr=1e-3, warmup=50, schedule="constant", weight_decay=0.0)
   c.eval_every = 50
   if arg.generator == "paper":
-    c.induction.keys = c.length
+    c.steps, c.induction.keys = 1000, c.length
+    c.arms = tuple(arm for arm in c.arms if arm[0] != "plain-4")
   return config.shrink(c) if arg.tiny else c

@@ -20,8 +20,8 @@ def get_config(arg=None):
   c.task, c.report = "math", "accuracy"
   c.seeds = (0, 1, 2)
   c.arms = (("plain", "attention=plain"), ("kvshift", "attention=kvshift"))
-  c.math.update(train_least=2, train_most=5 if arg.hard else 3, test=6 if arg.hard else 4)
-  c.steps, c.batch = 1000, 64
+  c.math.update(modulus=11, train_least=2, train_most=5 if arg.hard else 3, test=6 if arg.hard else 4)
+  c.steps, c.batch = 1000, 48
   c.length = longest_problem(c.math.test, c.math.distractors)
   c.model.update(vocab=64, width=64, layers=3, heads=2, kv_heads=2, head_dim=32, mlp_width=192)
   c.model.update(rope_base=100_000.0, precision="float32")
