@@ -145,8 +145,9 @@ def test_loss_and_accuracies_are_means_by_hand():
   a = row(np.array([1, 2, 0]), np.array([1, 0.5, 0])) | {"group": np.full(3, 1)}
   b = row(np.array([2, 2, 1]), np.array([1, 1, 0]), scored=np.array([0, 1, 0])) | {"group": np.full(3, 2)}
   c = row(np.array([0, 0, 0]), np.array([0, 1, 1]), targets=np.array([0, 1, 2])) | {"group": np.full(3, 2)}
-  batch = {name: np.stack([a[name], b[name], c[name]]) for name in a}
-  logits = np.zeros((3, 3, 3))
+  filler = {name: np.zeros_like(x) for name, x in a.items()}  # as the loader fills up a last batch
+  batch = {name: np.stack([a[name], b[name], c[name], filler[name]]) for name in a}
+  logits = np.zeros((4, 3, 3))
   logits[0, 0, 2] = logits[0, 1, 0] = logits[1, 0, 1] = logits[1, 1, 1] = logits[2, 1, 1] = logits[2, 2, 0] = 3.0
   got = {
     name: (float(m.total), float(m.weight))

@@ -51,6 +51,7 @@ def answer_loss(
   means = {"loss": Mean(jnp.sum(weights * nll), jnp.sum(weights)), "accuracy": accuracy(scored)}
   means |= {f"accuracy_{g}": accuracy(scored * (batch["group"] == g)) for g in range(1, groups + 1)}
   if rows:
-    whole = jnp.all(correct | (scored == 0), axis=1)
-    means["rows_right"] = Mean(jnp.sum(whole, dtype=jnp.float32), jnp.sum(jnp.ones_like(whole, jnp.float32)))
+    counts = jnp.any(scored > 0, axis=1)  # not the rows that fill up the last batch
+    whole = counts & jnp.all(correct | (scored == 0), axis=1)
+    means["rows_right"] = Mean(jnp.sum(whole, dtype=jnp.float32), jnp.sum(counts, dtype=jnp.float32))
   return means
