@@ -48,7 +48,36 @@ def mix(x: jax.Array, coefficients: jax.Array, segment_ids: jax.Array | None) ->
   x [batch, length, kv_heads, head_dim]; coefficients [kv_heads, 2], in whose dtype
   the sum is taken; identity coefficients (0, 1) return x bit for bit.
   """
-  coefficients = place(coefficients, P(None, None))  # a few numbers: every device has them all
+  # a few numbers: every device has them all
+  return _mix(x, place(coefficients, P(None, None)), segment_ids)
+
+
+# The gradient is written out for the coefficients' sake: left to itself XLA sums their products in one
+# scalar chain a head, and does the work of the rotary embedding's transpose once more for each sum.
+@jax.custom_vjp
+def _mix(x, coefficients, segment_ids):
   previous, current = jnp.split(coefficients, 2, axis=1)
   y = current * x.astype(coefficients.dtype) + previous * shift(x, segment_ids).astype(coefficients.dtype)
   return y.astype(x.dtype)
+
+
+def _mix_forward(x, coefficients, segment_ids):
+  return _mix(x, coefficients, segment_ids), (x, coefficients, segment_ids)
+
+
+def _mix_backward(residuals, dy):
+  x, coefficients, segment_ids = residuals
+  previous, current = jnp.split(coefficients, 2, axis=1)
+  dtype = coefficients.dtype
+  following = jnp.pad(dy[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)]).astype(dtype)  # x_t is the previous of t + 1
+  if segment_ids is not None:
+    same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], [(0, 0), (0, 1)])
+    following = jnp.where(same[:, :, None, None], following, 0)
+  dy = dy.astype(dtype)
+  sums = [jnp.sum(z * x.astype(dtype), axis=(0, 1)) for z in (following, dy)]
+  sums = jax.lax.optimization_barrier([place(z, P(None, None)) for z in sums])  # [kv_heads, head_dim] each
+  dcoefficients = jnp.stack([jnp.sum(z, axis=-1) for z in sums], axis=1)
+  return (current * dy + previous * following).astype(x.dtype), dcoefficients, None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
