@@ -1,8 +1,8 @@
 """Step-by-step arithmetic: whole solutions right, on problems of the greatest number of steps trained on.
 
 Reproduces in miniature table 7 of arXiv 2411.19574 (iGSM; there tests go beyond the training problems: train 12 steps,
-test 15, and train 21, test 24), on our own generator. As it stands the easier of two difficulties (1 .. 3 steps, test 3);
-`:hard` has 1 .. 4, test 4. `--config.math.test=4` tests beyond the training problems, too.
+test 15, and train 21, test 24), on our own generator. As it stands the easier of two difficulties (1 .. 3 steps, the
+test 3); `:hard` has 1 .. 4, the test 4. `--config.math.test=4` tests beyond the training problems, too.
 Cost: about 7 minutes on 2 CPU cores, 9 with `:hard`.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/math.py

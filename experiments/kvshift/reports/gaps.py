@@ -36,7 +36,7 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   ax.axvline(0, color="grey", linewidth=1)
   ax.set_yticks(range(len(end)), [label(arm) for arm in end], fontsize=8)
   ax.invert_yaxis()
-  ax.set(xlabel=f"validation loss minus {label(base)}, same seed (nats / token)")
+  ax.set_xlabel(f"loss minus {label(base)}, same seed (nats / token)", fontsize=9)
   ax.set_title("a dot a seed, a bar their mean; left is better", fontsize=10)
   header = ["attention", "non-embedding parameters", "validation loss (± SD)", f"minus {label(base)}, same seed (± SD)"]
   finish(workdir, fig, "gaps.png", parts.table(header, rows))

@@ -48,7 +48,7 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
     ax.axhline(0, color="grey", linewidth=1)
     ax.set(xlabel="layer", title=name)
   axes[0].set_ylabel("current minus previous token's coefficient")
-  axes[0].legend(frameon=False, fontsize=8)
+  fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
   header = ["coefficients of a head", "paper, 2.9B", "here, at the start (¼ each is expected)", "here, trained"]
   finish(workdir, fig, "coefficients.png", parts.table(header, rows))
 
