@@ -46,7 +46,7 @@ def test_every_mean_and_deviation_of_a_readme_is_that_of_a_record_it_names(folde
   checked = 0
   for line in readme.splitlines():
     told = re.findall(r"−?\d+\.\d{4} ± \d+\.\d{4}", line)
-    named = {name for name in re.findall(r"records/(\w+)\.json", line)}
+    named = set(re.findall(r"records/(\w+)\.json", line))
     known = set().union(*(spreads(json.loads((folder / f"records/{name}.json").read_text())) for name in named))
     assert set(told) <= known, line
     checked += len(told)
@@ -58,7 +58,19 @@ def test_the_claims_of_the_first_paper_are_all_there():
   readme = (ROOT / "experiments/kvshift/README.md").read_text()
   rows = [line for line in readme.split("## Claims")[1].split("\n## ")[0].splitlines() if line.startswith("| ")][2:]
   assert len([row for row in rows if row.count(" | ") == 3]) >= 12
-  for word in ("theor", "layer", "width", "gram", "hop", "arithmetic", "learning rate", "seeds", "variant", "parameters", "pod"):
+  for word in (
+    "theor",
+    "layer",
+    "width",
+    "gram",
+    "hop",
+    "arithmetic",
+    "learning rate",
+    "seeds",
+    "variant",
+    "parameters",
+    "pod",
+  ):
     assert any(word in row.lower() for row in rows), word
 
 

@@ -56,15 +56,19 @@ def test_a_sweep_has_each_arm_at_its_setting_and_says_what_diverged(tmp_path, ca
   losses = {
     ("plain-0", 0): 2.0,
     ("plain-0", 1): 2.2,
-    ("plain-3", 0): math.nan,
-    ("plain-3", 1): 3.0,
+    ("plain-2", 0): math.nan,
+    ("plain-2", 1): 3.0,
     ("kvshift-0", 0): 1.9,
   }
   lines = [(arm, seed, 150, {"loss": None if math.isnan(v) else v}) for (arm, seed), v in losses.items()]
   arms = workdir(tmp_path, "robustness.py", lines)["arms"]
-  assert {name: arm["tx.lr"] for name, arm in arms.items()} == {"plain-0": 1e-3, "plain-3": 1e-1, "kvshift-0": 1e-3}
+  assert {name: arm["tx.lr"] for name, arm in arms.items()} == {"plain-0": 1e-3, "plain-2": 1e-1, "kvshift-0": 1e-3}
   assert arms["plain-0"]["loss"] == {"0": 2.0, "1": 2.2}
   told = capsys.readouterr().out
+  report(
+    tmp_path, dataclasses.replace(config.load(str(CONFIGS / "robustness.py")), only=("plain-0",))
+  )  # still all arms
+  assert "0.1 " in capsys.readouterr().out
   assert "2.1000 ± 0.1414" in told
   assert "3.0000 (1 of 2 diverged)" in told
 

@@ -1,7 +1,7 @@
 """Multi-hop induction: accuracy by the number of hops, both attentions, at equal depth.
 
 Reproduces in miniature figure 9 of arXiv 2411.19574 (there 5 layers and 16 hops, on the task of Sanford et al., 2024).
-Cost: about 6 minutes on 2 CPU cores.
+Cost: about 8 minutes on 2 CPU cores.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/hops.py
 """

@@ -3,7 +3,7 @@
 Reproduces in miniature figure 1 of arXiv 2411.19574. As it stands: depth, on clean data, with the loss taken where the
 answer can be known. `:generator=paper`: the paper's own generator, which contradicts itself later in a row; the loss is
 taken everywhere and the first repetition scored. `:width`: width down to 8, two plain layers, one with the shift.
-Cost: about 6 minutes on 2 CPU cores, as much with `:generator=paper`, 4 with `:width`.
+Cost: about 8 minutes on 2 CPU cores, as much with `:generator=paper`, 8 with `:width`.
 
   python -m experiments.kvshift --config=experiments/kvshift/configs/induction.py
 """

@@ -19,13 +19,14 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
     rows.append([label(arm), len(last), parts.spread(last), steps])
   parts.write_results(workdir, {"arms": arms})
 
+  depths = " by layers" if all("-" in arm for arm in accuracy) else ""
   fig, ax = parts.figure()
   parts.draw(ax, accuracy, label)
   chance = getattr(cfg, cfg.task).chance
   if chance:
     ax.axhline(chance, color="grey", linestyle=":", label="guessing")
   ax.set(xlabel="training step", ylabel=f"{MEASURES[metric]}, held-out rows", ylim=(-0.03, 1.03))
-  ax.set_title(f"{cfg.task}, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
+  ax.set_title(f"{cfg.task}{depths}, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
   ax.legend(frameon=False, fontsize=8)
   header = ["attention", "seeds", f"{MEASURES[metric]} at the end (± SD)", "steps to 99 %, by seed"]
   finish(workdir, fig, "accuracy.png", parts.table(header, rows))

@@ -1,8 +1,12 @@
 """What the reports share: the arms' names in words, what is measured, and how a report ends."""
 
+from collections.abc import Iterator
+import dataclasses
 import pathlib
 
+from research import config
 from research import report as parts
+from research.config import RunConfig
 
 _NAMES = {
   "plain": "plain attention",
@@ -29,6 +33,11 @@ def label(arm: str) -> str:
   attention, _, rest = arm.partition("-")
   name = _NAMES.get(attention, attention)
   return f"{name}, {rest}" if rest else name
+
+
+def singles(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+  """(arm, config) of every run a workdir of `cfg` may hold: also of arms that an earlier command trained."""
+  yield from config.expand(dataclasses.replace(cfg, only=()))
 
 
 def measured(workdir: pathlib.Path) -> tuple[str, dict]:

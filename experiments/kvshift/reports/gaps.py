@@ -4,9 +4,8 @@ import pathlib
 
 import numpy as np
 
-from experiments.kvshift.reports.common import finish, label
+from experiments.kvshift.reports.common import finish, label, singles
 from experiments.kvshift.reports.sweep import non_embedding
-from research import config
 from research import report as parts
 from research.config import RunConfig
 
@@ -16,7 +15,7 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   curves = parts.curves(workdir, "loss")
   end = parts.final(curves)
   base = "plain" if "plain" in end else next(iter(end))
-  sizes = {arm: non_embedding(single) for arm, single in config.expand(cfg) if arm in end}
+  sizes = {arm: non_embedding(single) for arm, single in singles(cfg) if arm in end}
   arms, rows, gaps = {}, [], {}
   for arm, by_seed in end.items():
     gaps[arm] = [value - end[base][seed] for seed, value in by_seed.items() if seed in end[base]]

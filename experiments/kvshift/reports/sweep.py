@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from experiments.kvshift.reports.common import MEASURES, finish, label, measured
+from experiments.kvshift.reports.common import MEASURES, finish, label, measured, singles
 from research import config
 from research import mesh as meshes
 from research import report as parts
@@ -19,7 +19,7 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   """Final accuracy or loss against `cfg.sweep`, by attention: arms are named <attention>-<anything>."""
   metric, curves = measured(workdir)
   end = parts.final(curves)
-  at = {arm: _value(single, cfg.sweep) for arm, single in config.expand(cfg) if arm in end}
+  at = {arm: _value(single, cfg.sweep) for arm, single in singles(cfg) if arm in end}
   arms, series = {}, {}
   for arm, by_seed in end.items():
     arms[arm] = {cfg.sweep: at[arm], metric: by_seed}
