@@ -3,15 +3,16 @@
 import math
 
 import jax
+from jax import P
 from jax import numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.kvshift import variants
-from experiments.kvshift.attention import KVShift
+from experiments.kvshift.attention import KVShift, mix
 from experiments.kvshift.experiment import ATTENTIONS
-from research.mesh import PARTITIONS, MeshConfig
-from research.models.transformer import Transformer, next_token_loss
+from research.mesh import BATCH, PARTITIONS, MeshConfig
+from research.models.transformer import Transformer
 from tests import small
 
 MIXES = {name: mix for name, mix in ATTENTIONS.items() if mix is not None}
@@ -115,14 +116,33 @@ def test_parameters_are_equal_but_for_the_coefficients(name, extra):
     assert count(MIXES[name]) - count(None) == extra * small.MODEL.layers
 
 
-@pytest.mark.parametrize("name", ["qkv", "canon"])
-def test_four_devices_give_the_loss_and_the_gradients_of_one(name):
-  batch, mesh = small.batch(), MeshConfig(1, 2, 2, "fsdp_tp")
-  grad = jax.jit(jax.value_and_grad(lambda m, b: next_token_loss(m, b, None)["loss"].total))
-  with small.use():
-    expected = jax.block_until_ready(grad(Transformer(jax.random.key(0), small.MODEL, mix=MIXES[name]), batch))
-  with small.use(mesh, devices=4):
-    model = Transformer(jax.random.key(0), small.MODEL, mesh.partition, mix=MIXES[name])
-    got = jax.block_until_ready(grad(model, batch))
-  for a, b in zip(small.leaves(got), small.leaves(expected), strict=True):
+@pytest.mark.parametrize("name", ["kvshift", "qkv", "canon"])
+def test_four_devices_mix_and_differentiate_as_one(name):
+  """Rows cut along the batch, heads along `model`: the mix alone, whose gradients add up over both."""
+  mesh = MeshConfig(1, 2, 2, "fsdp_tp")
+
+  def objective(module, q, k, v, ids):
+    out = module(q, k, v, ids)
+    return sum(jnp.sum(jnp.sin(x) * (i + 1)) for i, x in enumerate(out))
+
+  def found(mesh, devices):
+    with small.use(mesh, devices):
+      place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), P(*spec)))
+      module = MIXES[name](jax.random.key(0), small.MODEL, mesh.partition)
+      rows = [place(np.asarray(x), BATCH, None, "model", None) for x in (Q, K, V)]
+      ids = place(np.asarray(SEGMENTS), BATCH, None)
+      return small.leaves(jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3)))(module, *rows, ids))
+
+  for a, b in zip(found(mesh, 4), found(MeshConfig(), 1), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "packed"])
+def test_the_gradient_written_out_is_the_one_of_the_sum(segments):
+  with jax.enable_x64(True):
+    x, weights = (np.asarray(jax.random.normal(jax.random.key(i), K.shape), np.float64) for i in (4, 5))
+    c = np.random.default_rng(0).normal(size=(2, 2))
+    ours = jax.grad(lambda x, c: jnp.sum(weights * mix(x, c, segments)), argnums=(0, 1))(x, c)
+    sums = jax.grad(lambda x, c: jnp.sum(weights * variants.window_sum(x, c[:, None], segments)), argnums=(0, 1))(x, c)
+  for a, b in zip(ours, sums, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

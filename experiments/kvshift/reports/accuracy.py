@@ -17,6 +17,10 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
     arms[arm] = {metric: dict(zip(seeds, last, strict=True)), "steps_to_99": dict(zip(seeds, reached, strict=True))}
     steps = ", ".join("never" if r is None else str(r) for r in reached)
     rows.append([label(arm), len(last), parts.spread(last), steps])
+    if metric == "rows_right":
+      of_tokens = parts.final(parts.curves(workdir, "accuracy"))[arm]
+      arms[arm]["accuracy"] = of_tokens
+      rows[-1].append(parts.spread(list(of_tokens.values())))
   parts.write_results(workdir, {"arms": arms})
 
   depths = " by layers" if all("-" in arm for arm in accuracy) else ""
@@ -29,4 +33,5 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   ax.set_title(f"{cfg.task}{depths}, width {cfg.model.width}: {parts.over_seeds(accuracy)}", fontsize=10)
   ax.legend(frameon=False, fontsize=8)
   header = ["attention", "seeds", f"{MEASURES[metric]} at the end (± SD)", "steps to 99 %, by seed"]
+  header += ["tokens right (± SD)"] if metric == "rows_right" else []
   finish(workdir, fig, "accuracy.png", parts.table(header, rows))
