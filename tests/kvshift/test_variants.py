@@ -128,7 +128,7 @@ def test_four_devices_mix_and_differentiate_as_one(name):
   def found(mesh, devices):
     with small.use(mesh, devices):
       place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), P(*spec)))
-      module = MIXES[name](jax.random.key(0), small.MODEL, mesh.partition)
+      module = MIXES[name](jax.random.key(0), small.MODEL, PARTITIONS[mesh.partition]())
       rows = [place(np.asarray(x), BATCH, None, "model", None) for x in (Q, K, V)]
       ids = place(np.asarray(SEGMENTS), BATCH, None)
       return small.leaves(jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3)))(module, *rows, ids))
