@@ -51,8 +51,11 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   fig, axes = parts.figure(4)
   for ax, others in zip(axes, OTHERS, strict=False):
     _flow(ax, others)
-  for start, end in trained.values():
-    axes[0].annotate("", end, start, arrowprops={"arrowstyle": "->", "color": parts.COLOURS[1], "linewidth": 2})
+    for start, end in trained.values():
+      ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": parts.COLOURS[1], "linewidth": 2}, zorder=3)
+  if trained:
+    axes[0].plot([], [], color=parts.COLOURS[1], linewidth=2, label="trained heads, whose sums are free")
+  axes[0].legend(frameon=True, loc="lower left", fontsize=8)
   for i, embedding in enumerate(by_width):
     axes[3].plot(
       [embedding] * 5,
@@ -92,7 +95,6 @@ def _flow(ax, others: int) -> None:
   ax.set(xlabel="a1 (a2 = 1 − a1)", title=f"{others} other tokens", xlim=(-1, 2), ylim=(-1, 2))
   if others == OTHERS[0]:
     ax.set_ylabel("b1 (b2 = 1 − b1)")
-    ax.legend(frameon=True, loc="lower left", fontsize=8)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
