@@ -45,7 +45,7 @@ def main() -> None:
   with runs.mesh(overrides):
     opened = models.open_model(args, overrides)
     results: dict[str, Any] = {"model": opened.name}
-    if args.source or (opened.cfg is not None and not questions):
+    if args.source or (opened.cfg is not None and opened.reads_text and not questions):
       results["perplexity"] = _perplexity(opened, args.source)
       print(_columns(results["perplexity"]), end="\n\n")
     for path, of_file in questions.items():

@@ -83,6 +83,17 @@ def test_an_exported_run_says_what_the_run_says(text, call):
   assert "bits_per_byte" in told
 
 
+def test_a_run_without_text_has_its_heads_measured_and_nothing_else(tmp_path, call):
+  induction = "experiments/kvshift/configs/induction.py:tiny"
+  command = [sys.executable, "-m", "experiments.kvshift", f"--config={induction}", f"--workdir={tmp_path}/run"]
+  subprocess.run([*command, "--config.only=plain-1", "--config.seeds=0"], check=True, cwd=ROOT, capture_output=True)
+  told = call("research.tools.evaluate", f"--workdir={tmp_path}/run")
+  assert "said twice" in told
+  assert "bits_per_byte" not in told
+  with pytest.raises(UserError, match="not trained on text"):
+    call("research.tools.generate", f"--workdir={tmp_path}/run", "--prompt=a")
+
+
 def test_a_wrong_call_is_one_line(text, tmp_path, call):
   run = f"--workdir={text}/run"
   for arguments, told in [

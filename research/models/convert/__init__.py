@@ -154,7 +154,12 @@ def export(
   check(dtype is None or dtype in names, "dtype", dtype, f"choose from {', '.join(names)}")
   check(jax.process_count() == 1, "processes", jax.process_count(), "weights are exported by one process")
   family = next((f for f in families() if f.writes(model)), None)
-  check(family is not None, "model", type(model).__name__, "is of no family that can be exported")
+  check(
+    family is not None,
+    "model",
+    type(model).__name__,
+    f"is of no family that can be exported; those are {', '.join(f.name for f in families())}",
+  )
   config = {**(like.config if like else {}), **(settings or {}), **family.describe(model.cfg)}
   kept = config.get("dtype", config.get("torch_dtype", "float32"))
   config["dtype"] = config["torch_dtype"] = dtype or kept
