@@ -20,12 +20,12 @@ from tests import small
 CONFIGS = pathlib.Path(__file__).parents[2] / "experiments/kvshift/configs"
 
 
-def workdir(tmp_path, spec, lines, **changes):
+def workdir(tmp_path, spec, lines, train=(), **changes):
   """A finished workdir of `spec` with these eval lines: (arm, seed, step, {metric: value})."""
   cfg = dataclasses.replace(config.load(str(CONFIGS / spec)), **changes)
   info = {"main": {"source": "by hand"}}
   manifest.open_workdir(tmp_path, cfg, str(CONFIGS / spec), [], info, trains=True)
-  records = [{"arm": a, "seed": s, "step": t, "kind": "eval", "time": 0, **m} for a, s, t, m in lines]
+  records = [{"arm": a, "seed": s, "step": t, "kind": "eval", "time": 0, **m} for a, s, t, m in lines] + list(train)
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
   (tmp_path / "report").mkdir()
   report(tmp_path, cfg)
@@ -71,6 +71,15 @@ def test_a_sweep_has_each_arm_at_its_setting_and_says_what_diverged(tmp_path, ca
   assert "0.1 " in capsys.readouterr().out
   assert "2.1000 ± 0.1414" in told
   assert "3.0000 (1 of 2 diverged)" in told
+
+
+def test_a_run_that_left_out_updates_has_diverged(tmp_path, capsys):
+  lines = [("plain-0", seed, 120, {"loss": 5.5}) for seed in (0, 1)]
+  train = [{"arm": "plain-0", "seed": 1, "step": 7, "kind": "train", "time": 0, "loss": None}]
+  arms = workdir(tmp_path, "robustness.py", lines, train=train)["arms"]
+  assert arms["plain-0"]["loss"]["0"] == 5.5
+  assert math.isnan(arms["plain-0"]["loss"]["1"])
+  assert "5.5000 (1 of 2 diverged)" in capsys.readouterr().out
 
 
 def test_gaps_are_taken_seed_by_seed(tmp_path, capsys):

@@ -19,6 +19,11 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   """Final accuracy or loss against `cfg.sweep`, by attention: arms are named <attention>-<anything>."""
   metric, curves = measured(workdir)
   end = parts.final(curves)
+  # skip_nonfinite lets a sweep go on; a run with an update left out has diverged all the same
+  for arm, seeds in parts.curves(workdir, "loss", kind="train", needed=False).items():
+    for seed, points in seeds.items():
+      if not all(math.isfinite(value) for _, value in points) and arm in end:
+        end[arm][seed] = math.nan
   at = {arm: _value(single, cfg.sweep) for arm, single in singles(cfg) if arm in end}
   arms, series = {}, {}
   for arm, by_seed in end.items():
