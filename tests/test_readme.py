@@ -112,6 +112,10 @@ def test_benchmark_numbers_are_the_records():
   assert f"{ours:.0f} ms; eager {eager:.0f} ms (ratio {ours / eager:.2f}), torch.compile {compiled:.0f} ms" in readme
   ours, eager, compiled = (r["step_ms"] for r in rows["train_step"][3:])
   assert f"{ours:.1f} ms; eager {eager:.1f} ms ({ours / eager:.2f}), torch.compile {compiled:.1f} ms" in readme
-  assert " and ".join(f"{r['tokens_per_s'] / 1e6:.1f}" for r in rows["loader"][:2]) == "35.1 and 32.0"
-  assert "35.1 (bytes), 32.0 (BPE)" in readme
+  rates = ", ".join(f"{r['tokens_per_s'] / 1e6:.1f} ({r['source']})" for r in rows["loader"])
+  assert f"| {rates.replace('bpe', 'BPE')} | 1 |" in readme
+  assert f"| {100 * max(r['wait_share'] for r in rows['loader']):.2f} % | 1 % |" in readme
+  for row in rows["shift"]:
+    times = f"{row['plain_ms']:.1f} -> {row['kvshift_ms']:.1f} ms"
+    assert f"| {row['time_ratio']:.3f} ({times}) | 1.02 |" in readme
   assert f"| {min(r['memory_ratio'] for r in rows['cross_entropy']):.3f} | 0.03 |" in readme
