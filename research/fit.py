@@ -37,6 +37,7 @@ class Experiment:
   flops_per_token: model FLOPs a token of one training step, by part, for utilisation.
   info: () -> what the manifest says of the data. The first call reads the data and
     raises UserError for what is wrong with it; building an experiment reads nothing.
+  batch: () -> shapes and dtypes of a whole batch of all processes, to compile without data; reads nothing.
   """
 
   init: Callable[[jax.Array], Any]
@@ -46,6 +47,7 @@ class Experiment:
   evals: Mapping[str, Callable[[Any], dict[str, float]]] = dataclasses.field(default_factory=dict)
   flops_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
   info: Callable[[], dict[str, Any]] = dict
+  batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "model", "opt", "key"], meta_fields=[])
@@ -99,6 +101,23 @@ def abstract_state(exp: Experiment) -> TrainState:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
   return jax.tree_util.tree_map_with_path(place, state)
+
+
+def abstract_batch(exp: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch as it stands on the current mesh; nothing is read or allocated."""
+  mesh = jax.sharding.get_abstract_mesh()
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, _rows(x.ndim)))
+  return {name: place(x) for name, x in exp.batch().items()}
+
+
+def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState, train_step=None):
+  """`train_step` (default: `default_train_step`) as it is compiled: the old state is given up for the new.
+
+  state: any that has shapes and shardings, as from `abstract_state`.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = functools.partial(train_step or default_train_step, exp, cfg)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch: Batch):
@@ -170,8 +189,7 @@ def fit(
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  step_fn = jax.jit(functools.partial(train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None))
+  step_fn = jit_step(exp, cfg, abstract, train_step)
   log = _Log(cfg, exp, writer, checkpoints)
   evaluate = Evaluator(exp, cfg)
   step = start
@@ -225,10 +243,12 @@ class Evaluator:
 def to_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   """This process's rows as global arrays cut along the batch axes of the current mesh."""
   mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.make_array_from_process_local_data(
-    jax.NamedSharding(mesh, P(BATCH, *[None] * (x.ndim - 1))), np.asarray(x)
-  )
+  place = lambda x: jax.make_array_from_process_local_data(jax.NamedSharding(mesh, _rows(x.ndim)), np.asarray(x))
   return {name: place(x) for name, x in batch.items()}
+
+
+def _rows(ndim: int) -> P:
+  return P(BATCH, *[None] * (ndim - 1))
 
 
 def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[TrainState, int]:

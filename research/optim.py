@@ -17,7 +17,8 @@ class OptimizerConfig:
 
   Weight decay applies to parameters whose metadata says `matrix` or `table` (weights,
   embeddings), not to norms, biases and per-head scalars. `decay` is the fraction of the run in which
-  `wsd` falls (linearly) to `final`, a fraction of `lr`, as does `cosine`.
+  `wsd` falls (linearly) to `final`, a fraction of `lr`, as does `cosine`. `moments` is the dtype
+  of the first moment, to save memory; the second stays float32, as bfloat16 would not see its small changes.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
@@ -31,6 +32,7 @@ class OptimizerConfig:
   warmup: int = 100  # steps of linear warm-up
   decay: float = 0.2
   final: float = 0.1
+  moments: Literal["float32", "bfloat16"] = "float32"
 
   def __post_init__(self):
     for name in ("lr", "eps"):
@@ -69,7 +71,7 @@ def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
-    _muon(cfg) if cfg.name == "muon" else optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+    _muon(cfg) if cfg.name == "muon" else _adam(cfg),
     optax.add_decayed_weights(cfg.weight_decay, decays),
     optax.scale_by_learning_rate(schedule(cfg, steps)),
   )
@@ -84,6 +86,10 @@ def _variables(model) -> list[nnx.Variable]:
 def _label(model, f):
   """A tree like `model` with `f(metadata of the parameter)` at each array."""
   return jax.tree.unflatten(jax.tree.structure(model), [f(v.get_metadata()) for v in _variables(model)])
+
+
+def _adam(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moments)
 
 
 def _muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -103,7 +109,7 @@ def _muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
     return 0.2 * max(fans) ** 0.5 * x
 
   muon = optax.chain(
-    optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
+    optax.contrib.scale_by_muon(mu_dtype=cfg.moments, weight_dimension_numbers=axes),
     optax.stateless(lambda updates, params: jax.tree.map(scale, updates, axes(updates))),
   )
 
@@ -114,6 +120,6 @@ def _muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
   rules = {
     "muon": optax.GradientTransformation(muon.init, update),
-    "adam": optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+    "adam": _adam(cfg),
   }
   return optax.partition(rules, lambda model: _label(model, lambda meta: "muon" if "matrix" in meta else "adam"))

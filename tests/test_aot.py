@@ -7,9 +7,8 @@ import pytest
 from tests.kernels.test_aot import TOPOLOGIES, compiles
 
 STEP = """
-import functools
 from research import config
-from research.fit import abstract_state, default_train_step
+from research.fit import abstract_batch, abstract_state, jit_step
 
 overrides = ["only=kvshift", "seeds=0", "model.precision=bfloat16", "model.layers=4", "length=1024", "batch=16"]
 overrides += ["model.width=512", "model.heads=8", "model.kv_heads=4", "model.head_dim=64", "model.mlp_width=1024"]
@@ -17,10 +16,8 @@ overrides += ["model.width=512", "model.heads=8", "model.kv_heads=4", "model.hea
 with jax.set_mesh(mesh):
   exp = config.experiment_module(cfg.experiment).build(cfg)
   state = jax.tree.map(lambda x: put(x.shape, x.dtype, *x.sharding.spec), abstract_state(exp))
-  ints = ("tokens", "targets", "segment_ids", "positions")
-  batch = {name: put((cfg.batch, cfg.length), jnp.int32, BATCH, None) for name in ints}
-  batch["weights"] = put((cfg.batch, cfg.length), jnp.float32, BATCH, None)
-  step = jax.jit(functools.partial(default_train_step, exp, cfg), donate_argnums=0)
+  batch = jax.tree.map(lambda x: put(x.shape, x.dtype, *x.sharding.spec), abstract_batch(exp))
+  step = jit_step(exp, cfg, state)
   compiled = step.lower(state, batch).compile()
 print("kernels", compiled.as_text().count("tpu_custom_call"))
 memory = compiled.memory_analysis()

@@ -43,7 +43,7 @@ class Config(RunConfig):
 def build(cfg: Config) -> Experiment:
   """One run of one attention with one seed. Call it under the run's mesh; it reads no data yet."""
   cfg.model.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), cfg.mesh.partition)
-  source, info, loss = _text(cfg) if cfg.task == "text" else _synthetic(cfg)
+  source, info, loss, batch = _text(cfg) if cfg.task == "text" else _synthetic(cfg)
 
   def rows(split):
     shard = batch_shard(jax.sharding.get_mesh())
@@ -53,6 +53,7 @@ def build(cfg: Config) -> Experiment:
     init=functools.partial(make_model, cfg),
     loss=loss,
     data=rows,
+    batch=batch,
     tx=optim.make(cfg.tx, cfg.steps),
     flops_per_token=flops_per_token(cfg.model, cfg.length),
     info=info,
@@ -75,7 +76,8 @@ def _text(cfg: Config):
     check(needed <= cfg.model.vocab, "model.vocab", cfg.model.vocab, f"tokenizer {name} needs at least {needed}")
     return text
 
-  return lambda split: load().split(split), lambda: load().info(), next_token_loss
+  batch = functools.partial(data.abstract_rows, cfg.batch, cfg.length)
+  return lambda split: load().split(split), lambda: load().info(), next_token_loss, batch
 
 
 def _synthetic(cfg: Config):
@@ -84,4 +86,8 @@ def _synthetic(cfg: Config):
   def info():
     return {"source": cfg.task, "rows": {split: len(rows(split)) for split in ("train", "validation")}}
 
-  return rows, info, getattr(cfg, cfg.task).loss
+  def batch():
+    row = rows("train")[0]
+    return {name: jax.ShapeDtypeStruct((cfg.batch, *x.shape), x.dtype) for name, x in row.items()}
+
+  return rows, info, getattr(cfg, cfg.task).loss, batch

@@ -12,11 +12,12 @@ from research.data import shards, sources, text
 from research.data import tokenizer as tokenizers
 from research.data.loader import batches
 from research.data.mixture import Mixture
-from research.data.packing import PackedDocuments
+from research.data.packing import PackedDocuments, abstract_rows
 from research.data.tokenizer import Tokenizer
 from research.errors import check
 
-__all__ = ["Mixture", "PackedDocuments", "TextConfig", "TextData", "Tokenizer", "batches", "load", "load_tokenizer"]
+__all__ = ["Mixture", "PackedDocuments", "TextConfig", "TextData", "Tokenizer"]
+__all__ += ["abstract_rows", "batches", "load", "load_tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 
@@ -65,3 +66,9 @@ def packed_row(stream: np.ndarray, length: int, eod: int) -> dict[str, np.ndarra
   if n < length:
     row = {name: np.pad(array, (0, length - n)) for name, array in row.items()}
   return row
+
+
+def abstract_rows(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of `batch` packed rows of `length`."""
+  row = packed_row(np.zeros(length + 1, np.int32), length, eod=-1)
+  return {name: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for name, x in row.items()}

@@ -1,19 +1,16 @@
 """The paper's sizes are the paper's, and their whole training steps fit together on a pod's mesh."""
 
-import functools
 import math
 import pathlib
 import runpy
 
 import jax
-from jax import P
-from jax import numpy as jnp
 import pytest
 
 from experiments.kvshift.experiment import build
 from research import config
-from research.fit import abstract_state, default_train_step
-from research.mesh import BATCH, abstract_mesh
+from research.fit import abstract_batch, abstract_state, jit_step
+from research.mesh import abstract_mesh
 
 PATH = str(pathlib.Path(__file__).parents[2] / "experiments/kvshift/configs/paper.py")
 # billions of parameters by table 1's sizes: embedding and head included, and without them
@@ -35,15 +32,8 @@ def test_a_full_training_step_traces_on_256_devices(size):
     with jax.sharding.use_abstract_mesh(mesh):
       exp = build(single)
       state = abstract_state(exp)
-      rows = {
-        name: jax.ShapeDtypeStruct(
-          (single.batch, single.length), dtype, sharding=jax.NamedSharding(mesh, P(BATCH, None))
-        )
-        for name, dtype in dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32).items()
-      }
-      rows["weights"] = jax.ShapeDtypeStruct(rows["tokens"].shape, jnp.float32, sharding=rows["tokens"].sharding)
-      step = jax.jit(functools.partial(default_train_step, exp, single))
-      new, metrics = jax.eval_shape(step, state, rows)
+      step = jit_step(exp, single, state)
+      new, metrics = jax.eval_shape(step, state, abstract_batch(exp))
     kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     assert kinds(new) == kinds(state)
     assert {"loss", "grad_norm"} <= metrics.keys()

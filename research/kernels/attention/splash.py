@@ -1,5 +1,7 @@
 """Causal attention on TPUs: JAX's splash kernel (flash attention over the blocks the mask leaves)."""
 
+import math
+
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
@@ -39,8 +41,28 @@ def attention(q_bthd, k_bskd, v_bskd, segment_ids=None, *, scale, interpret=Fals
   return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :length]
 
 
+def flops(kernel: str, shapes: list[tuple[int, ...]]) -> float | None:
+  """What a compiled splash kernel computes, by its name in the program and its operands' shapes; None for others.
+
+  Blocks above the diagonal are skipped, those on it are whole. A block costs two products
+  forward (scores, output), three in dq (scores again, dp, dq), four in dkv (scores again, dv, dp, dk).
+  """
+  products = next((n for part, n in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if f"splash_mha{part}" in kernel), None)
+  if products is None:
+    return None
+  # q is the largest operand: [batch, heads, length, head_dim], or without a batch of one
+  *several, length, head_dim = max(shapes, key=math.prod)
+  block = _block(length)
+  blocks = (length // block) * (length // block + 1) // 2
+  return 2.0 * products * math.prod(several) * blocks * block * block * head_dim
+
+
+def _block(length: int) -> int:
+  return next(size for size in (512, 384, 256, 128) if length % size == 0)
+
+
 def _block_sizes(length: int) -> kernel_lib.BlockSizes:
-  block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+  block = _block(length)
   return kernel_lib.BlockSizes(
     block_q=block,
     block_kv=block,

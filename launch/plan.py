@@ -1,0 +1,458 @@
+"""Does a config fit a pod, and what would its step cost there? Asked of the real compiler, on this machine.
+
+  python -m launch.plan --config=FILE.py:ARG --topology=v5p:8x8x8     one config on one pod
+  python -m launch.plan --config=FILE.py:ARG --find=v5e               the smallest v5e slice that it fits
+  python -m launch.plan --all                                         every config on a matrix of pods: docs/pods.md
+
+Every time, FLOP/s and utilisation that it prints is a projection: the program's own counts
+over the chip's published rates, which nothing runs faster than.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import runpy
+import sys
+import time
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.extend.core import Var
+
+from launch import hlo, topology
+from launch.topology import Topology
+from research import config, run
+from research.errors import UserError, check
+from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step
+from research.kernels.attention import splash
+from research.mesh import BATCH
+from research.report import table
+from research.tools.params import path_name
+
+GIB = 2**30
+# What --all plans for: a host, and the sizes that the papers' runs are of.
+MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:8x16x16", "h100:8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device. `needed` may be all that is known of a program that does not fit."""
+
+  limit: float
+  needed: float
+  parameters: float
+  optimizer: float
+  batch: float
+  activations: float  # what the forward pass keeps for the backward pass
+  temporaries: float  # the rest: gradients, gathered weights, buffers
+
+  @property
+  def fits(self) -> bool:
+    return self.needed <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One arm of a config on one pod."""
+
+  config: str
+  arm: str
+  what: str
+  topology: str
+  chips: int
+  devices: int
+  mesh: dict[str, int]
+  tokens: int  # of a step
+  model_flops: float  # of a step, all devices: matrix products of the model, no recomputation
+  memory: Memory
+  largest: list[tuple[str, float]]  # the largest buffers by name, bytes on one device
+  fixes: list[tuple[str, bool, float]]  # (overrides, fits, bytes needed), as tried
+  compile_seconds: float
+  counts: hlo.Counts | None = None  # of one device; None where it does not fit
+  link_seconds: float = 0.0
+  step_seconds: float = 0.0  # no less
+
+  @property
+  def mfu(self) -> float:
+    """Model FLOPs over what all chips could do in `step_seconds`: no more."""
+    return self.model_flops / (self.step_seconds * self.chips * topology.CHIPS[self.topology.split(":")[0]].flops)
+
+
+def main() -> None:
+  parser = run.Parser(prog="python -m launch.plan", description="Any field of the config can be set: --config.batch=64")
+  parser.add_argument(
+    "--config", metavar="FILE.py:ARG", help="a config file, e.g. experiments/kvshift/configs/paper.py:19b"
+  )
+  parser.add_argument("--topology", metavar="NAME", help="a pod slice or GPU nodes: v5p:8x8x8, h100:8, h100:4x8")
+  parser.add_argument("--find", metavar="GENERATION", help=f"the smallest that fits, of {', '.join(topology.SIZES)}")
+  parser.add_argument(
+    "--all", action="store_true", help="every config of every experiment; writes docs/pods.md and .json"
+  )
+  parser.add_argument(
+    "--what", choices=("train", "decode"), default="train", help="a training step, or one token a row"
+  )
+  parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+  args, overrides = parser.parse_with_overrides(sys.argv[1:])
+  ways = [name for name in ("topology", "find", "all") if getattr(args, name)]
+  check(len(ways) == 1, "command line", " ".join(ways) or "(empty)", "give one of --topology, --find and --all")
+  check(args.all or args.config, "config", "''", "name a config file: --config=FILE.py:ARG")
+  check(not (args.all and (args.config or overrides)), "config", args.config, "--all takes every config as it is")
+  topology.environment()
+  if args.all:
+    plan_all(args.what)
+    return
+  cfg = config.load(args.config, overrides)
+  found = []
+  for arm, single in config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1])):
+    if args.find:
+      found.append(find(args.config, arm, single, args.find, args.what))
+    else:
+      found.append(plan(args.config, arm, single, topology.parse(args.topology), args.what))
+    if not args.json:
+      print(describe(found[-1]), flush=True)
+  if args.json:
+    print(json.dumps([as_json(p) for p in found], indent=1))
+
+
+def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = "train", fixes: bool = True) -> Plan:
+  """Compiles one arm of a config for `pod`. Raises UserError for what cannot be planned.
+
+  fixes: where it does not fit, look for the cheapest change that does.
+  """
+  lacking = topology.missing(pod)
+  check(lacking is None, "topology", pod.name, lacking)
+  check_batch(cfg, pod)
+  mesh = topology.make_mesh(cfg.mesh, pod)
+  with jax.set_mesh(mesh):
+    exp = config.experiment_module(cfg.experiment).build(cfg)
+    state, batch = abstract_state(exp), abstract_batch(exp)
+    state, batch = on(mesh, state), on(mesh, batch)
+    start = time.perf_counter()
+    if what == "train":
+      lowered = jit_step(exp, cfg, state).lower(state, batch)
+      kept = residuals(exp, cfg, state, batch)
+      tokens, model_flops = cfg.batch * cfg.length, sum(exp.flops_per_token.values()) * cfg.batch * cfg.length
+      inputs = {"parameters": state.model, "optimizer": (state.opt, state.step), "batch": batch}
+    else:
+      lowered, cache = lower_decode(exp, cfg, state)
+      kept = []
+      # forward only
+      tokens, model_flops = cfg.batch, sum(exp.flops_per_token.values()) / 3 * cfg.batch
+      inputs = {"parameters": state.model, "optimizer": (), "batch": cache}
+    compiled, needed = compile_for(lowered)
+  seconds = time.perf_counter() - start
+  parts = {name: sum(shard_bytes(x) for x in jax.tree.leaves(tree)) for name, tree in inputs.items()}
+  parts["activations"] = sum(size for _, size in kept)
+  if compiled is not None:
+    stats = compiled.memory_analysis()
+    needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
+  else:
+    needed += sum(parts[name] for name in inputs)
+  # what is kept may be fused away or made again
+  parts["activations"] = min(parts["activations"], needed - sum(parts[name] for name in inputs))
+  memory = Memory(pod.usable, needed, temporaries=max(needed - sum(parts.values()), 0.0), **parts)
+  leaves = jax.tree_util.tree_leaves_with_path
+  named = [(f"{part} {path_name(path)}", shard_bytes(x)) for part, tree in inputs.items() for path, x in leaves(tree)]
+  whole = Plan(
+    config=spec,
+    arm=arm,
+    what=what,
+    topology=pod.name,
+    chips=pod.chips,
+    devices=pod.devices,
+    mesh=dict(mesh.shape),
+    tokens=tokens,
+    model_flops=model_flops,
+    memory=memory,
+    largest=sorted(named + kept, key=lambda entry: -entry[1])[:8],
+    fixes=[],
+    compile_seconds=seconds,
+  )
+  if compiled is None or not memory.fits:
+    return dataclasses.replace(whole, fixes=suggest(spec, arm, cfg, pod) if fixes and what == "train" else [])
+  chip = pod.chip
+  counts = hlo.count(
+    compiled.as_text(),
+    dict(mesh.shape),
+    chip.flops / pod.devices_per_chip,
+    chip.bandwidth / pod.devices_per_chip,
+    kernel_flops=splash.flops,
+  )
+  links = sum(c.sent / topology.axis_bandwidth(mesh, pod, c.axes) for c in counts.collectives if c.axes)
+  return dataclasses.replace(whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links))
+
+
+def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
+  """Raises UserError where the rows of a step do not cover the devices, or the mesh does not divide them."""
+  sizes = topology.axis_sizes(cfg.mesh, pod.devices)
+  shards = math.prod(sizes[axis] for axis in BATCH)
+  fix = f"{pod.name} cuts it into mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate} parts"
+  fix += "; use a multiple, a larger mesh.model or a smaller slice"
+  check(cfg.batch % (shards * cfg.accumulate) == 0, "batch", cfg.batch, fix)
+
+
+def on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Abstract arrays under the same specs on the devices of `mesh`."""
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  return jax.tree.map(place, tree)
+
+
+def compile_for(lowered) -> tuple[Any, float]:
+  """(the compiled program, 0), or (None, bytes of temporaries that a device would need). Raises UserError."""
+  try:
+    return lowered.compile(), 0.0
+  except jax.errors.JaxRuntimeError as e:
+    told = " ".join(str(e).split())
+    if "RESOURCE_EXHAUSTED" not in told:
+      raise UserError("compile", told[:300], "the compiler refuses this program") from e
+    sizes = re.findall(r"([\d.]+)([KMGT])\b", told)
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return None, max(float(n) * unit[u] for n, u in sizes)
+
+
+def lower_decode(exp: Experiment, cfg: config.RunConfig, state: TrainState):
+  """(one token more for each of `cfg.batch` rows whose caches hold `cfg.length` tokens, lowered; the cache)."""
+  mesh = jax.sharding.get_mesh()
+  model = state.model
+  check(
+    hasattr(model, "extend"), "what", "decode", f"the model of experiment {cfg.experiment} does not generate tokens"
+  )
+  rows = jax.NamedSharding(mesh, jax.P(BATCH, None))
+  tokens = lambda n: jax.ShapeDtypeStruct((cfg.batch, n), jnp.int32, sharding=rows)
+  fill = lambda model, x: model.prefill(x, x, x, cfg.length)[1]
+  cache = on(mesh, jax.eval_shape(fill, model, tokens(cfg.length)))
+
+  def step(model, token, segment_ids, positions, cache):
+    x, cache = model.extend(token, segment_ids, positions, cache)
+    return jnp.argmax(model.unembed(x), axis=-1), cache
+
+  return jax.jit(step, donate_argnums=4).lower(model, tokens(1), tokens(1), tokens(1), cache), cache
+
+
+def residuals(exp: Experiment, cfg: config.RunConfig, state: TrainState, batch: Any) -> list[tuple[str, float]]:
+  """(name, bytes on one device) of all that the forward pass of a micro-batch keeps for the backward pass."""
+  one = lambda x: jax.ShapeDtypeStruct((x.shape[0] // cfg.accumulate, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+  def keep(model, batch):
+    return jax.vjp(lambda model: exp.loss(model, batch, jax.random.key(0))["loss"].total, model)[1]
+
+  jaxpr = jax.make_jaxpr(keep)(state.model, jax.tree.map(one, batch)).jaxpr
+  given = set(jaxpr.invars) | set(jaxpr.constvars)
+  kept = []
+  for var in dict.fromkeys(v for v in jaxpr.outvars if isinstance(v, Var) and v not in given):
+    size = shard_bytes(var.aval)
+    if size > 0:
+      kept.append((f"activations {_origin(jaxpr, var)} {var.aval.str_short(short_dtypes=True)}", size))
+  return kept
+
+
+def _origin(jaxpr, var) -> str:
+  """The operations that made a value, outermost first."""
+  for eqn in jaxpr.eqns:
+    if var in eqn.outvars:
+      inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+      inner = getattr(inner, "jaxpr", inner)
+      at = eqn.outvars.index(var)
+      if eqn.primitive.name in ("scan", "jit", "pjit", "closed_call") and at < len(inner.outvars):
+        return f"{eqn.primitive.name}/{_origin(inner, inner.outvars[at])}"
+      return eqn.primitive.name
+  return "input"
+
+
+def shard_bytes(x: Any) -> float:
+  """Bytes of an abstract array on one device."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return 8.0
+  sharding = getattr(x, "sharding", None)
+  spec = getattr(sharding, "spec", None)
+  shape = list(x.shape)
+  sizes = dict(sharding.mesh.shape) if spec is not None else {}
+  for i, entry in enumerate(spec or ()):
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    shape[i] = -(-shape[i] // math.prod(sizes[a] for a in axes if a in sizes))
+  return float(math.prod(shape) * x.dtype.itemsize)
+
+
+def suggest(spec: str, arm: str, cfg: config.RunConfig, pod: Topology) -> list[tuple[str, bool, float]]:
+  """Changes that save memory, cheapest first, each compiled, up to the first that fits.
+
+  Single changes in the order of what they cost a step: sharing the parameters among
+  replicas, smaller micro-batches, recomputation, tensor parallelism; bfloat16 moments
+  stand after them because they change the numbers. Then all that helped together.
+  """
+  fields = config.flat(cfg)
+  sizes = topology.axis_sizes(cfg.mesh, pod.devices)
+  rows = cfg.batch // (sizes["replica"] * sizes["data"])
+  candidates = []
+  if cfg.mesh.partition == "replicated":
+    candidates.append(["mesh.partition=fsdp"])
+  if sizes["replica"] > 1:
+    candidates.append(["mesh.replica=1", "mesh.data=-1"])
+  candidates += [[f"accumulate={n}"] for n in _doublings(2 * cfg.accumulate, rows) if rows % n == 0]
+  stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
+  candidates += [[f"model.remat={kind}"] for kind in stronger[fields.get("model.remat", "full")]]
+  if cfg.mesh.partition == "fsdp_tp":
+    candidates += [
+      [f"mesh.model={n}"] for n in _doublings(2 * sizes["model"], min(fields.get("model.kv_heads", 1), 16))
+    ]
+  candidates.append(["tx.moments=bfloat16"])
+  least = [f"accumulate={rows}"] * (rows > 1) + ["model.remat=full"] * ("model.remat" in fields)
+  candidates += [least, [*least, "tx.moments=bfloat16"]] if least else []
+  tried = []
+  for overrides in candidates:
+    try:
+      single = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+      found = plan(spec, arm, single, pod, fixes=False)
+    except UserError:
+      continue  # a size that does not divide
+    tried.append((" ".join(f"--config.{o}" for o in overrides), found.memory.fits, found.memory.needed))
+    if found.memory.fits:
+      break
+  return tried
+
+
+def _doublings(start: int, end: int) -> list[int]:
+  return [start * 2**i for i in range(12) if start * 2**i <= end]
+
+
+def find(spec: str, arm: str, cfg: config.RunConfig, generation: str, what: str) -> Plan:
+  """The plan for the smallest standard slice of `generation` that the config fits. Raises UserError without one."""
+  check(generation in topology.SIZES, "find", generation, f"choose from {', '.join(topology.SIZES)}")
+  reasons = []
+  for size in topology.SIZES[generation]:
+    pod = topology.parse(f"{generation}:{size}")
+    try:
+      found = plan(spec, arm, cfg, pod, what, fixes=False)
+    except UserError as e:
+      if e.field == "topology" and "install" in e.fix:
+        raise
+      reasons.append(f"{size}: {e}")
+      continue
+    if found.memory.fits:
+      return found
+    reasons.append(f"{size}: needs {found.memory.needed / GIB:.1f} GiB a device")
+  raise UserError("find", generation, f"no slice fits this config; {'; '.join(reasons[-3:])}")
+
+
+def describe(p: Plan) -> str:
+  """For people."""
+  m = p.memory
+  mesh = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
+  step = "training step" if p.what == "train" else "decoding step"
+  lines = [f"{p.config}, arm {p.arm}, {step} on {p.topology}: {p.devices} devices, mesh {mesh}"]
+  verdict = "fits" if m.fits else "DOES NOT FIT"
+  lines.append(
+    f"{verdict}: {m.needed / GIB:.2f} of {m.limit / GIB:.2f} GiB a device; compiled in {p.compile_seconds:.0f} s"
+  )
+  names = ("parameters", "optimizer", "batch", "activations", "temporaries")
+  if p.what == "decode":
+    names = ("parameters", "batch", "temporaries")
+  parts = [("caches" if p.what == "decode" and n == "batch" else n, f"{getattr(m, n) / GIB:.3f}") for n in names]
+  lines += ["", table(["memory", "GiB a device"], parts)]
+  if not m.fits:
+    lines += ["", table(["largest buffers", "GiB a device"], [(n, f"{b / GIB:.3f}") for n, b in p.largest])]
+    if p.fixes:
+      rows = [(o, "fits" if ok else "no", f"{need / GIB:.2f}") for o, ok, need in p.fixes]
+      lines += ["", table(["change, cheapest first", "", "GiB a device"], rows)]
+    if not any(ok for _, ok, _ in p.fixes):
+      lines += ["", f"no change of ours makes it fit; ask for a larger slice: --find={p.topology.split(':')[0]}"]
+    return "\n".join(lines) + "\n"
+  c = p.counts
+  rows = [
+    (col.kind, " x ".join(col.axes) or "-", f"{col.times:,.0f}", f"{col.sent / 2**20:,.1f}") for col in c.collectives
+  ]
+  lines += ["", table(["collective", "along", "a step", "MiB sent a device"], rows)] if rows else ["", "no collectives"]
+  rows = [
+    ("FLOPs a device", f"{c.flops:.4g}"),
+    ("HBM bytes a device", f"{c.bytes:.4g}"),
+    ("computing and HBM, by instruction", f"{1e3 * c.compute_seconds:.2f} ms"),
+    ("links", f"{1e3 * p.link_seconds:.2f} ms"),
+    ("step, no less than", f"{1e3 * p.step_seconds:.2f} ms"),
+    ("model FLOPs utilisation, at most", f"{100 * p.mfu:.1f} %"),
+    ("tokens a second, at most", f"{p.tokens / p.step_seconds:,.0f}"),
+  ]
+  pod = topology.parse(p.topology)
+  if c.cycles and pod.chip.torus:
+    rows.insert(4, ("the compiler's estimate without kernels and links", f"{1e3 * c.cycles / pod.chip.clock:.2f} ms"))
+  lines += ["", table([f"projection for one {step}", ""], rows)]
+  lines += [f"not counted: {what}" for what in c.uncounted]
+  return "\n".join(lines) + "\n"
+
+
+def as_json(p: Plan) -> dict[str, Any]:
+  """For machines."""
+  told = dataclasses.asdict(p) | {"fits": p.memory.fits, "projection": True}
+  if p.counts is not None:
+    told |= {"mfu": p.mfu, "tokens_per_second": p.tokens / p.step_seconds}
+  return told
+
+
+def specs() -> list[tuple[str, config.RunConfig]]:
+  """Every config file of every experiment with each of its ARGS; one of those that are the same run."""
+  root = pathlib.Path(__file__).parents[1]
+  found = []
+  for path in sorted(root.glob("experiments/*/configs/*.py")):
+    for arg in (*runpy.run_path(str(path)).get("ARGS", ()), ""):
+      spec = f"{path.relative_to(root)}:{arg}".removesuffix(":")
+      cfg = config.load(str(root / spec))
+      if cfg not in [known for _, known in found]:
+        found.append((spec, cfg))
+  return found
+
+
+def plan_all(what: str) -> None:
+  """Plans the last arm of every config, which is the paper's own, on MATRIX; writes docs/pods.md and docs/pods.json."""
+  pods = [topology.parse(name) for name in MATRIX]
+  for pod in [pod for pod in pods if topology.missing(pod)]:
+    print(f"left out: {pod.name}: {topology.missing(pod)}", file=sys.stderr)
+    pods.remove(pod)
+  check(bool(pods), "all", what, "nothing to compile with; pip install -e '.[aot]'")
+  docs = pathlib.Path(__file__).parents[1] / "docs"
+  entries = []
+  for spec, cfg in specs():
+    arm, single = config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1]))[-1]
+    for pod in pods:
+      try:
+        entries.append(as_json(plan(spec, arm, single, pod, what)))
+      except UserError as e:
+        entries.append({"config": spec, "arm": arm, "topology": pod.name, "refused": str(e)})
+      print(*row(entries[-1]), sep=" | ", flush=True)
+  (docs / "pods.json").write_text(json.dumps(entries, indent=1) + "\n")
+  (docs / "pods.md").write_text(page(entries))
+  print(f"wrote {docs / 'pods.md'} and {docs / 'pods.json'}")
+
+
+def row(entry: dict[str, Any]) -> tuple[str, ...]:
+  """An entry of pods.json as a row of its table."""
+  name = entry["config"].split("experiments/")[-1].replace("/configs/", " ")
+  head = (name, entry["arm"], entry["topology"])
+  if "refused" in entry:
+    return (*head, entry["refused"], "", "", "", "")
+  memory = entry["memory"]
+  size = f"{memory['needed'] / GIB:.2f} of {memory['limit'] / GIB:.1f}"
+  if not entry["fits"]:
+    fix = next((overrides for overrides, fits, _ in entry["fixes"] if fits), "no change tried makes it fit")
+    return (*head, f"does not fit: {fix}", size, "", "", "")
+  ms, mfu = f"{1e3 * entry['step_seconds']:.2f}", f"{100 * entry['mfu']:.0f} %"
+  return (*head, "fits", size, ms, mfu, f"{entry['tokens_per_second']:,.0f}")
+
+
+def page(entries: list[dict[str, Any]]) -> str:
+  """docs/pods.md."""
+  header = ["config", "arm", "pod", "", "GiB a device", "step, ms", "MFU", "tokens/s"]
+  return f"""# Which pod for which config
+
+Written by `python -m launch.plan --all` with jax {jax.__version__}: each config's training step, compiled for each pod
+by its real compiler. The last three columns are projections: no step is shorter, and nothing has run there. Where a
+batch does not divide by the devices the config is refused, as it would be on the pod. The same and more: `pods.json`.
+
+{table(header, [row(entry) for entry in entries])}
+"""
+
+
+if __name__ == "__main__":
+  run.guard(main)
