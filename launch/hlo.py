@@ -126,7 +126,7 @@ def _lines(text: str) -> Iterator[str]:
   """Whole instructions: an attribute may hold line breaks."""
   held = ""
   for line in text.split("\n"):
-    if re.match(r"  (ROOT )?%[\w.\-]+ = |\}|%|ENTRY |\w", line):
+    if re.match(r"  (ROOT )?%[\w.\-]+ = |\}(?!\})|%|ENTRY |\w", line):
       if held:
         yield held
       held = line
@@ -145,8 +145,8 @@ def _instruction(line: str) -> Instruction | None:
   opcode, _, rest = rest.partition("(")
   end = _closing("(" + rest)
   operands = tuple(re.findall(r"%([\w.\-]+)", rest[: end - 1]))
-  # a constant's operand is its value
-  attributes = rest[end - 1 :] if opcode != "constant" else rest
+  # a constant's operand is its value, a parameter's its number
+  attributes = rest[end - 1 :] if opcode not in ("constant", "parameter") else rest
   return Instruction(found[2], opcode, tuple(_arrays(types)), operands, attributes, bool(found[1]))
 
 
@@ -293,7 +293,7 @@ def _through_fusion(computations, within: Computation, instruction: Instruction)
   for name in fused.root.operands:
     inner = _source(fused, name)
     if inner.opcode == "parameter":
-      names.append(instruction.operands[int(inner.attributes.split(")")[0] or 0)] if inner.attributes else "")
+      names.append(instruction.operands[_number(inner)])
     else:
       names.append(name)
       within.instructions.setdefault(name, inner)
@@ -384,7 +384,7 @@ def _moved(computations, within: Computation, instruction: Instruction) -> float
     return target.padded * ((instruction.types[0].space == 0) + (target.space == 0))
   if opcode == "fusion":
     fused = computations[instruction.attribute("calls")]
-    return _read_by_fusion(fused) + _written_by_fusion(fused, instruction)
+    return _read_by_fusion(computations, fused) + _written_by_fusion(computations, fused, instruction)
   if opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
     return 2 * sum(hbm(o) for o in operands)
   return sum(hbm(o) for o in operands) + hbm(instruction.types)
@@ -397,18 +397,15 @@ def _is_marker(instruction: Instruction) -> bool:
   )
 
 
-def _read_by_fusion(fused: Computation) -> float:
-  total = 0.0
-  for parameter in fused.instructions.values():
-    if parameter.opcode == "parameter" and all(a.space == 0 for a in parameter.types):
-      total += _read(fused, parameter)
-  return total
+def _read_by_fusion(computations, fused: Computation) -> float:
+  parameters = [i for i in fused.instructions.values() if i.opcode == "parameter" and i.types]
+  return sum(_read(computations, fused, p) for p in parameters if all(a.space == 0 for a in p.types))
 
 
-def _read(fused: Computation, source: Instruction) -> float:
+def _read(computations, fused: Computation, source: Instruction, nested: bool = False) -> float:
   """What of `source` its users in the fusion read: slices, if nothing else."""
   whole = sum(a.padded for a in source.types)
-  total = 0.0
+  total = whole if nested and source.root else 0.0  # all of it is handed to the fusion around
   for user in fused.users(source.name):
     first = user.operands[0] == source.name
     if user.opcode in ("dynamic-slice", "slice", "gather") and first:
@@ -416,28 +413,40 @@ def _read(fused: Computation, source: Instruction) -> float:
     elif user.opcode == "dynamic-update-slice" and first:
       continue  # written in place
     elif user.opcode == "bitcast":
-      total += _read(fused, user)
+      total += _read(computations, fused, user, nested)
     elif user.opcode == "tuple" or _is_marker(user):
       continue  # passed on
     elif user.opcode == "fusion":
-      total += whole
+      inner = computations[user.attribute("calls")]
+      at = {i for i, name in enumerate(user.operands) if name == source.name}
+      total += sum(_read(computations, inner, p, True) for p in inner.instructions.values() if _number(p) in at)
     else:
       return whole
   return min(total, whole)
 
 
-def _written_by_fusion(fused: Computation, fusion: Instruction) -> float:
+def _number(instruction: Instruction) -> int | None:
+  """Which parameter of its computation this is."""
+  return int(instruction.attributes.split(")")[0]) if instruction.opcode == "parameter" else None
+
+
+def _written_by_fusion(computations, fused: Computation, fusion: Instruction) -> float:
   roots = [fused.root]
   if fused.root.opcode == "tuple":
     roots = [fused.instructions[name] for name in fused.root.operands]
   total = 0.0
   for root, to in zip(roots, fusion.types, strict=False):
-    while root.opcode == "bitcast":
-      root = fused.instructions[root.operands[0]]
+    within = fused
+    while root.opcode in ("bitcast", "fusion"):
+      if root.opcode == "fusion":
+        within = computations[root.attribute("calls")]
+        root = within.root
+      else:
+        root = within.instructions[root.operands[0]]
     if root.opcode == "parameter" or root.opcode in COLLECTIVES or _is_marker(root) or to.space != 0:
       continue  # passed on, counted as a collective, or not in HBM
     if root.opcode == "dynamic-update-slice":
-      total += sum(a.padded for a in fused.instructions[root.operands[1]].types)
+      total += sum(a.padded for a in within.instructions[root.operands[1]].types)
     else:
       total += to.padded
   return total

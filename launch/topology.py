@@ -136,8 +136,8 @@ def devices(topology: Topology) -> list:
 
 def make_mesh(cfg: MeshConfig, topology: Topology) -> jax.sharding.Mesh:
   """The mesh of a config over the devices of `topology`. Raises UserError where they do not match."""
-  sizes = axis_sizes(cfg, topology.devices)
   found = devices(topology)
+  sizes = axis_sizes(cfg, len(found))
   try:
     return jax.make_mesh(tuple(sizes.values()), AXES, devices=found)
   except (NotImplementedError, AssertionError, ValueError):

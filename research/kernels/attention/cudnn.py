@@ -10,6 +10,8 @@ def obstacle(q, segment_ids) -> str | None:
   """Why this cannot run the call; None if it can."""
   if dispatch.platform() != "gpu":
     return f"cuDNN needs a GPU, and this runs on {dispatch.platform()}"
+  if jax.default_backend() != "gpu":
+    return "cuDNN is looked for where a program is traced, and there is no GPU here"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN attends in bfloat16 or float16, not {q.dtype}"
   if q.shape[3] % 8 or q.shape[3] > 128:

@@ -23,10 +23,11 @@ def obstacle(q) -> str | None:
   return None
 
 
-def attention(q_bthd, k_bskd, v_bskd, segment_ids=None, *, scale, interpret=False):
+def attention(q_bthd, k_bskd, v_bskd, segment_ids=None, *, scale, interpret=False, blocks=None):
   """As `api.attention`, for lengths from 128; other than multiples of 128 are padded.
 
   Inside a shard_map when there is a mesh: the compiler cannot partition the kernel.
+  `blocks`: other block sizes than ours.
   """
   length, heads = q_bthd.shape[1:3]
   # Padding stands after every real position, so causality alone hides it.
@@ -37,7 +38,8 @@ def attention(q_bthd, k_bskd, v_bskd, segment_ids=None, *, scale, interpret=Fals
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
     segments = kernel_lib.SegmentIds(segment_ids, segment_ids)
   mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((length + pad, length + pad))] * heads)
-  kernel = kernel_lib.make_splash_mha_single_device(mask, block_sizes=_block_sizes(length + pad), interpret=interpret)
+  blocks = blocks or _block_sizes(length + pad)
+  kernel = kernel_lib.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
   return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)[:, :length]
 
 
@@ -52,24 +54,25 @@ def flops(kernel: str, shapes: list[tuple[int, ...]]) -> float | None:
     return None
   # q is the largest operand: [batch, heads, length, head_dim], or without a batch of one
   *several, length, head_dim = max(shapes, key=math.prod)
-  block = _block(length)
-  blocks = (length // block) * (length // block + 1) // 2
-  return 2.0 * products * math.prod(several) * blocks * block * block * head_dim
+  size = block(length)
+  blocks = (length // size) * (length // size + 1) // 2
+  return 2.0 * products * math.prod(several) * blocks * size * size * head_dim
 
 
-def _block(length: int) -> int:
+def block(length: int) -> int:
+  """The block of queries, and of keys, for rows of `length`."""
   return next(size for size in (512, 384, 256, 128) if length % size == 0)
 
 
 def _block_sizes(length: int) -> kernel_lib.BlockSizes:
-  block = _block(length)
+  size = block(length)
   return kernel_lib.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_kv_compute=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_kv_dkv_compute=block,
-    block_q_dq=block,
-    block_kv_dq=block,
+    block_q=size,
+    block_kv=size,
+    block_kv_compute=size,
+    block_q_dkv=size,
+    block_kv_dkv=size,
+    block_kv_dkv_compute=size,
+    block_q_dq=size,
+    block_kv_dq=size,
   )
