@@ -9,6 +9,7 @@ The format is undocumented: whatever is not as expected raises Unreadable.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 
@@ -63,12 +64,8 @@ def read(folder: pathlib.Path, name: str) -> Schedule:
 def parse(bundles: str, utilization: str) -> Schedule:
   """From the text of the two files. Raises Unreadable."""
   lines = bundles.split("\n")
-  starts = [
-    i
-    for i, line in enumerate(lines)
-    if re.match(r"\s+(0x[0-9a-f]+|0)\s+([A-Z]{2})?:? *:? *>* *:? *\{|\s+(0x[0-9a-f]+|0)\s", line)
-  ]
-  texts = ["\n".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
+  starts = [i for i, line in enumerate(lines) if re.match(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{", line)]
+  texts = ["\n".join(lines[a:b]) for a, b in itertools.pairwise([*starts, len(lines)])]
   names, capacity, used = _slots(utilization)
   if not texts or len(texts) != len(used):
     raise Unreadable(f"{len(texts)} bundles, and slots of {len(used)}")
