@@ -237,7 +237,8 @@ def count(
     target = instruction.attribute("custom_call_target").strip('"')
     if target not in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
       return 0.0  # the compiler's own: allocations, barriers, asynchronous copies
-    name = re.sub(r"\.\d+$", "", instruction.name)
+    triton = re.search(r'\bname = "([\w.]+)"', instruction.attributes)
+    name = triton[1] if triton else re.sub(r"\.\d+$", "", instruction.name)
     counts.kernels[name] = counts.kernels.get(name, 0) + times
     told = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
     if told:

@@ -22,7 +22,7 @@ import jax
 from jax import numpy as jnp
 from jax.extend.core import Var
 
-from launch import hlo, topology
+from launch import hlo, ptx, topology
 from launch.topology import Topology
 from research import config, run
 from research.errors import UserError, check
@@ -74,6 +74,7 @@ class Plan:
   counts: hlo.Counts | None = None  # of one device; None where it does not fit
   link_seconds: float = 0.0
   step_seconds: float = 0.0  # no less
+  registers: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # of Triton kernels, see launch.ptx
 
   @property
   def mfu(self) -> float:
@@ -104,6 +105,12 @@ def main() -> None:
   if args.all:
     plan_all(args.what)
     return
+  with ptx.dumped():
+    plan_one(args, overrides)
+
+
+def plan_one(args, overrides: list[str]) -> None:
+  """Every arm of one config, on the named pod or the smallest that it fits."""
   cfg = config.load(args.config, overrides)
   found = []
   for arm, single in config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1])):
@@ -180,8 +187,11 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     chip.bandwidth / pod.devices_per_chip,
     kernel_flops=splash.flops,
   )
+  registers = ptx.registers(list(counts.kernels)) if pod.generation in topology.GPUS else {}
   links = sum(c.sent / topology.axis_bandwidth(mesh, pod, c.axes) for c in counts.collectives if c.axes)
-  return dataclasses.replace(whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links))
+  return dataclasses.replace(
+    whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links), registers=registers
+  )
 
 
 def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
@@ -378,6 +388,9 @@ def describe(p: Plan) -> str:
     rows.insert(4, ("the compiler's estimate without kernels and links", f"{1e3 * c.cycles / pod.chip.clock:.2f} ms"))
   lines += ["", table([f"projection for one {step}", ""], rows)]
   lines += [f"not counted: {what}" for what in c.uncounted]
+  if p.registers:
+    told = [(name, str(used), str(spilled)) for name, (used, spilled) in p.registers.items()]
+    lines += ["", table(["Triton kernel", "registers a thread", "bytes spilled a thread"], told)]
   if pod.generation in topology.GPUS:
     lines.append("planned with XLA's attention: cuDNN's, which runs on the GPU, cannot be compiled without one")
   return "\n".join(lines) + "\n"

@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from tests.kernels.test_aot import TOPOLOGIES, compiles
+from launch.kernels import GENERATIONS
+from tests.kernels.test_aot import compiles
 
 STEP = """
 from research import config
@@ -31,6 +32,6 @@ print("donated", memory.alias_size_in_bytes / memory.output_size_in_bytes)
 )
 @pytest.mark.parametrize("overrides", [["model.remat=dots", "accumulate=2"], ["tx.name=muon"]], ids=" ".join)
 def test_the_step_compiles_for_a_pod_with_fused_attention_and_donated_state(overrides):
-  kernels, donated = (line.split()[1] for line in compiles(STEP, TOPOLOGIES["v5e"], *overrides))
+  kernels, donated = (line.split()[1] for line in compiles(STEP, GENERATIONS["v5e"], *overrides))
   assert int(kernels) >= 3  # splash: forward, dq, dkv, inside the scan over layers
   assert float(donated) > 0.99

@@ -1,0 +1,62 @@
+"""Plans for H100 nodes, and Triton kernels in them, by XLA's GPU compiler without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.test_plan import planned
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the GPU compiler: pip install -e .[aot-cuda]"
+)
+
+TRITON = """
+import json
+from launch import hlo, ptx, topology
+topology.environment()
+import jax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+def product(x, w, out):
+  out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+def f(x, w):
+  rows = pl.BlockSpec((64, 128), lambda i: (i, 0))
+  call = pl.pallas_call(
+    product, out_shape=jax.ShapeDtypeStruct((256, 128), jnp.float32), grid=(4,), name="a_product",
+    in_specs=[rows, pl.BlockSpec((128, 128), lambda i: (0, 0))], out_specs=rows,
+    compiler_params=triton.CompilerParams(num_warps=4))
+  return call(x, w)
+
+with ptx.dumped():
+  [device] = topology.devices(topology.parse("h100:1"))
+  on = jax.sharding.SingleDeviceSharding(device)
+  put = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=on)
+  text = jax.jit(f).trace(put(256, 128), put(128, 128)).lower(lowering_platforms=("cuda",)).compile().as_text()
+  counts = hlo.count(text, {"data": 1})
+  print(json.dumps([counts.kernels, ptx.registers(list(counts.kernels)), counts.uncounted]))
+"""
+
+
+def test_registers_and_spills_of_a_triton_kernel_are_read():
+  done = subprocess.run([sys.executable, "-c", TRITON], env=os.environ, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  kernels, registers, uncounted = json.loads(done.stdout)
+  assert kernels == {"a_product": 1}
+  used, spilled = registers["a_product"]
+  assert 32 < used <= 255
+  assert spilled == 0
+  assert uncounted == ["kernel a_product: its FLOPs are not known"]
+
+
+def test_a_training_step_on_a_node_computes_what_it_does_on_a_pod():
+  [found] = planned("--topology=h100:4")
+  assert found["fits"]
+  assert 1.0 < 4 * found["counts"]["flops"] / found["model_flops"] < 1.5
+  assert ["data"] in [c["axes"] for c in found["counts"]["collectives"]]
