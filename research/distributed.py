@@ -148,7 +148,8 @@ class _Peers:
     self.client = None  # of the coordination service, once all are there
     self.index, self.count, self.address = None, None, None
     self.saved: Callable[[], list[int]] = list
-    self.status: int | None = None  # to exit with, once that is known
+    self.status = 0  # to exit with
+    self.heard = time.monotonic()  # when all were known to live
     self.speaking = threading.Lock()  # one last line a process
     self.ended, self.alone = threading.Event(), threading.Event()
 
@@ -186,6 +187,7 @@ def start(args: argparse.Namespace) -> None:
       **plan, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
   except Exception as e:
+    _on_abort(None)
     raise PeersMissing(f"the processes could not start together: {_first_line(e)}") from None
   state = runtime.global_state
   _peers.index, _peers.count, _peers.address = state.process_id, state.num_processes, state.coordinator_address
@@ -228,10 +230,11 @@ def leave(status: int, line: str = "") -> None:
     if status:
       sys.exit(status)
     return
-  if not peers.speaking.acquire(blocking=False):
-    time.sleep(_FOREVER_MS / 1000)  # another thread is ending this process
-  peers.status = status
+  _try(peers.client.key_value_increment, "reprise/accounted for", 1)
   if status:
+    if not peers.speaking.acquire(blocking=False):
+      time.sleep(_FOREVER_MS / 1000)  # another thread is ending this process
+    peers.status = status
     _try(peers.client.key_value_set, "reprise/stop", json.dumps([peers.index, status, line]))
   if peers.index == 0:
     _try(peers.client.key_value_set, "reprise/line", line)
@@ -239,6 +242,9 @@ def leave(status: int, line: str = "") -> None:
     line = ""
   if line:
     print(line if peers.index == 0 else f"{peers.name(peers.index)}: {line}", file=sys.stderr, flush=True)
+  _try(peers.client.wait_at_barrier, "reprise/end", _FOREVER_MS)
+  if not status and (word := _try(peers.client.key_value_try_get, "reprise/stop")):
+    status = json.loads(word)[1]  # of one whose mistake came when this one had done its part
   _disconnect(peers)
   if threading.current_thread() is not threading.main_thread():
     _exit(status)
@@ -253,19 +259,22 @@ def fail(error: Exception) -> None:
   traceback is printed and the status is 1.
   """
   peers = _peers
+  if peers.speaking.locked():
+    time.sleep(_FOREVER_MS / 1000)  # another thread knows why, and is ending this process
   said = f"{type(error).__name__}: {_first_line(error)}"
-  print(f"{peers.name(peers.index)}: {said}; is a process gone?", file=sys.stderr, flush=True)
-  failed, until = peers.client.key_value_increment("reprise/failed", 1), time.monotonic() + HEARTBEAT_SECONDS + 10
-  while failed < peers.count and time.monotonic() < until:  # all: then it is a defect, and nobody is gone
+  told = f"{peers.name(peers.index)}: {said}; waiting to learn whether a process is gone"
+  print(told, file=sys.stderr, flush=True)
+  known, until = 1, time.monotonic() + HEARTBEAT_SECONDS + 10
+  _try(peers.client.key_value_increment, "reprise/accounted for", 1)
+  while known < peers.count and time.monotonic() < until:  # all: then it is a defect, and nobody is gone
     time.sleep(0.5)
-    failed = _try(peers.client.key_value_increment, "reprise/failed", 0) or 0
+    known = _try(peers.client.key_value_increment, "reprise/accounted for", 0) or 0
   traceback.print_exception(error)
   leave(1, f"error: {said}")
 
 
 def _disconnect(peers: _Peers) -> None:
-  """Waits for all, and takes leave of the coordination service: process 0, which holds it, at last."""
-  _try(peers.client.wait_at_barrier, "reprise/end", _FOREVER_MS)
+  """Takes leave of the coordination service: process 0, which holds it, after the others."""
   peers.ended.set()
   if peers.index == 0:
     peers.alone.wait(10)
@@ -278,6 +287,8 @@ def _watch(peers: _Peers) -> None:
   everyone = set(range(peers.count))
   while not (peers.ended.is_set() and peers.index):
     live = _try(peers.client.get_live_nodes, sorted(everyone))  # returns when all that live have asked
+    if live is not None:
+      peers.heard = time.monotonic()
     if live is not None and set(live) != everyone:
       if peers.ended.is_set():
         if set(live) == {0}:
@@ -294,14 +305,14 @@ def _listen(peers: _Peers) -> None:
   while word is None and not peers.ended.is_set():
     word = _try(peers.client.blocking_key_value_get, "reprise/stop", 10_000)
   time.sleep(_GRACE)
-  if peers.status is None and word is not None:
+  if word is not None and not peers.status:
     index, status, line = json.loads(word)
     leave(status, f"{peers.name(index)}: {line}" if peers.index == 0 else "")
 
 
 def _gone(peers: _Peers, who: list[int]) -> None:
   """Ends this process, for `who` have; from any thread."""
-  if peers.status is None and peers.speaking.acquire(blocking=False):
+  if peers.speaking.acquire(blocking=False):
     steps = _try(peers.saved)
     start = f"go on from step {steps[-1]}" if steps else "begin again"
     names = ", ".join(map(str, who)) + f" of {peers.count}"
@@ -309,8 +320,8 @@ def _gone(peers: _Peers, who: list[int]) -> None:
     print(f"{said}; start all of them again to {start}", file=sys.stderr, flush=True)
     if peers.index == 0:
       time.sleep(_ECHO)  # with this process the service goes, from which the others hear the same
-  elif peers.status is None:
-    return
+  elif not peers.status:
+    return  # another thread is saying it
   _exit(peers.status or EXIT_PEERS)
 
 
@@ -324,8 +335,9 @@ def _aborted(number: int) -> None:
     told += f" ({START_SECONDS} s); start all of them, with the same coordinator"
     print(f"error: {told}", file=sys.stderr, flush=True)
     _exit(EXIT_PEERS)
-  if peers.ended.is_set() or peers.index == 0 or _answers(peers.address):
-    return  # to abort, with the runtime's own words
+  lost = time.monotonic() - peers.heard > HEARTBEAT_SECONDS / 2 or not _answers(peers.address)
+  if peers.ended.is_set() or peers.index == 0 or not lost:
+    return  # to abort for another reason, with the runtime's own words
   _gone(peers, [0])
   time.sleep(10)  # another thread is telling it
 
