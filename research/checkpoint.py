@@ -59,7 +59,8 @@ class _Damaged(Exception):
 class Checkpoints:
   """The checkpoints under `directory` (a local or shared path), one writer at a time.
 
-  In a run of several processes every method but `steps` is called by all of them.
+  In a run of several processes every method but `steps` is called by all of them; one alone
+  may `restore` to its own devices.
 
   Args:
     directory: made by the first save.
@@ -192,7 +193,8 @@ class Checkpoints:
   def _read(self, step: int, expected: Mapping[str, Any], partial: bool) -> tuple[list[jax.Array], dict[str, Any]]:
     """The arrays in the order of `expected`, and the record's content. Raises _Damaged and UserError."""
     path = self.directory / str(step)
-    with _damage(), _orbax_context(alone=True):
+    together = not all(leaf.sharding.is_fully_addressable for leaf in expected.values())
+    with _damage(together), _orbax_context(alone=True):
       record = ocp.load_checkpointables(path, {"record": None})["record"]
       content = record["content"]
       if _digest(content) != record["sha256"]:
@@ -204,7 +206,7 @@ class Checkpoints:
       saved = {name: saved[name] for name in expected if name in saved}
     _check_same(path, saved, {name: _signature(leaf) for name, leaf in expected.items()})
     plain = {name: _abstract_plain(leaf) for name, leaf in expected.items()}
-    with _damage(), _orbax_context(alone=True):
+    with _damage(together), _orbax_context(alone=True):
       filled = {name: leaf for name, leaf in plain.items() if leaf.size}
       arrays = ocp.load_checkpointables(path, {"arrays": filled})["arrays"] if filled else {}
       # Where its own index has lost an array, a partial load hands the abstract one back.
@@ -370,8 +372,8 @@ def _orbax_context(alone: bool = False) -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-  """What a read raises becomes `_Damaged`, on every process if on one.
+def _damage(together: bool) -> Iterator[None]:
+  """What a read raises becomes `_Damaged`; `together`: on every process if on one.
 
   orbax raises whatever lies beneath: ValueError, KeyError, bare Exception; so
   the exceptions that are not damage are the ones to name: those of the runtime
@@ -385,7 +387,7 @@ def _damage() -> Iterator[None]:
     if isinstance(root, jax.errors.JaxRuntimeError) or not isinstance(root, Exception):
       raise root from None
     reason = _first_line(error)
-  if jax.process_count() > 1:
+  if together:
     failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(reason is not None)))
     reason = reason or (f"process {failed[0]} could not read it" if failed.size else None)
   if reason is not None:

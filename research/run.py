@@ -1,25 +1,30 @@
 """From a command line to trained models: `python -m experiments.NAME --config=FILE.py:ARG --workdir=DIR`.
 
 Exit status: 0 done; 2 a mistake in the command, told in one line; 3 the loss is not
-finite; 74 (EX_IOERR) a checkpoint could not be written; 75 (EX_TEMPFAIL) interrupted by
-SIGTERM or Ctrl-C after saving: run it again.
+finite; 69 (EX_UNAVAILABLE) another process of the run is gone: start all of them again;
+74 (EX_IOERR) a checkpoint could not be written; 75 (EX_TEMPFAIL) interrupted by SIGTERM
+or Ctrl-C after saving: run it again. Of several processes all end with the same one.
 """
 
 import argparse
 import fcntl
 import functools
+import hashlib
+import json
 import math
 import os
 import pathlib
+import secrets
 import shlex
 import signal
 import sys
+import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, manifest
+from research import config, cpu, distributed, manifest
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -27,7 +32,8 @@ from research.fit import Diverged, Experiment, Interrupted, fit
 from research.models import convert
 from research.writers import Writer
 
-EXIT_USER, EXIT_DIVERGED, EXIT_SAVE, EXIT_INTERRUPTED = 2, 3, 74, 75
+EXIT_USER, EXIT_DIVERGED, EXIT_PEERS, EXIT_SAVE, EXIT_INTERRUPTED = 2, 3, distributed.EXIT_PEERS, 74, 75
+_STATUS = {UserError: EXIT_USER, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_SAVE, distributed.PeersMissing: EXIT_PEERS}
 
 
 def main(build, report=None) -> None:
@@ -43,17 +49,22 @@ def guard(f) -> None:
   """Calls `f()`; mistakes, divergence and interruption end in one line and their exit status."""
   try:
     f()
-  except (UserError, Diverged, SaveFailed) as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit({UserError: EXIT_USER, Diverged: EXIT_DIVERGED, SaveFailed: EXIT_SAVE}[type(e)])
+  except tuple(_STATUS) as e:
+    distributed.leave(_STATUS[type(e)], f"error: {e}")
   except Interrupted as e:
-    print(e, file=sys.stderr)
-    sys.exit(EXIT_INTERRUPTED)
+    distributed.leave(EXIT_INTERRUPTED, str(e))
+  except Exception as e:
+    if not distributed.several():
+      raise
+    distributed.fail(e)
+  else:
+    distributed.leave(0)
 
 
 def run(build, report) -> None:
   cpu.tune()  # before anything starts jax's backend
   args, overrides = parse_args()
+  distributed.start(args)  # first of all, so that the others hear of what is wrong here
   cfg = config.load(args.config, overrides)
   built_by = config.experiment_module(cfg.experiment).build
   check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")
@@ -66,6 +77,7 @@ def run(build, report) -> None:
   for arm, single in singles:
     mesh, exp = prepare(build, single)
     jobs.append((arm, single, mesh, exp, start_points(single, arm, mesh, exp)))
+  same_everywhere(cfg, {arm: exp.info() for arm, _, _, exp, _ in jobs})
   with lock(workdir):
     done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
     info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
@@ -75,6 +87,7 @@ def run(build, report) -> None:
       keep = (single.checkpoint.keep_last, single.checkpoint.keep_every)
       try:
         with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
+          distributed.on_restart(checkpoints.steps)
           fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
@@ -89,7 +102,7 @@ def checkpoint_dir(workdir: pathlib.Path, arm: str, cfg: config.RunConfig) -> pa
 
 
 def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[argparse.Namespace, list[str]]:
-  """(--config and --workdir, overrides "a.b=c") from `argv` (default: the command line).
+  """(--config, --workdir and the flags of `distributed`, overrides "a.b=c") from `argv` (default: the command line).
 
   Raises UserError on anything else.
   """
@@ -98,6 +111,7 @@ def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[arg
   parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
   if workdir:
     parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
+    distributed.add_arguments(parser)
   return parser.parse_with_overrides(argv)
 
 
@@ -150,6 +164,16 @@ def prepare(build, cfg: config.RunConfig):
   return mesh, exp
 
 
+def same_everywhere(cfg: config.RunConfig, info: dict[str, Any]) -> None:
+  """Raises UserError where a process has other settings, data or packages than process 0: nothing later would tell."""
+  if distributed.several():
+    digest = lambda tree: hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+    fix = "is not what process 0 has; start all processes with the same"
+    distributed.agree("jax", jax.__version__, f"{fix} packages")
+    distributed.agree("config", digest(config.flat(cfg)), f"{fix} command (this is a hash of the settings)")
+    distributed.agree("data", digest(info), f"{fix} data and Python (this is the data's hash)")
+
+
 def start_points(cfg: config.RunConfig, arm: str, mesh: jax.sharding.Mesh, exp: Experiment) -> dict[str, Any]:
   """What `resume` and `init_from` name, as arguments of `fit`.
 
@@ -186,42 +210,68 @@ def compilation_cache() -> None:
 
 
 class StopSignal:
-  """Notes SIGTERM and Ctrl-C for the loop to act on between steps; a second one acts at once."""
+  """Notes SIGTERM and Ctrl-C for the loop to act on between steps; a second one acts at once.
+
+  Of several processes any may be told. There SIGTERM is jax's, which agrees with the
+  others on the step to stop before; a second Ctrl-C acts at once, a second SIGTERM does not.
+  """
 
   def __init__(self):
-    self.asked = False
-    for number in (signal.SIGTERM, signal.SIGINT):
+    self.asked, self.calls = False, 0
+    for number in (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self._note)
 
   def _note(self, number, frame):
     self.asked = True
     signal.signal(number, signal.SIG_DFL)
     os.write(2, b"\nstopping after this step, to save; once more to stop at once\n")
+    if distributed.several():
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def __call__(self, step: int) -> bool:
     """Whether to stop before `step`. All processes get the same answer."""
-    if jax.process_count() == 1:
+    if not distributed.several():
       return self.asked
-    return multihost_utils.reached_preemption_sync_point(step)
+    self.calls += 1  # not the step: that starts anew with every arm, and what jax agrees on would be passed by
+    return multihost_utils.reached_preemption_sync_point(self.calls)
 
 
 class lock:
-  """Makes `workdir` and holds it for this run alone. Raises UserError if it cannot be had."""
+  """Makes `workdir` and holds it for this run alone, all of its processes. Raises UserError if it cannot be had."""
 
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
 
   def __enter__(self):
+    first = jax.process_index() == 0
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
-      self.file = (self.workdir / ".lock").open("w")
-    except OSError as e:
-      raise UserError("workdir", self.workdir, f"cannot be written: {e.strerror}") from None
-    try:
-      if jax.process_index() == 0:
+      self.file = (self.workdir / ".lock").open("w") if first else None
+      if first:
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise UserError("workdir", self.workdir, "another run is writing there; use another --workdir") from None
+    except OSError as e:
+      raise UserError("workdir", self.workdir, f"cannot be written: {e.strerror}") from None
+    if distributed.several():
+      self._check_shared(first)
+
+  def _check_shared(self, first: bool) -> None:
+    if first:
+      self.file.write(secrets.token_hex(8))
+      self.file.flush()
+      os.fsync(self.file.fileno())
+    token = distributed.share("workdir", (self.workdir / ".lock").read_text() if first else "")
+    for _ in range(20):  # network filesystems may take a while to show a file
+      try:
+        if (self.workdir / ".lock").read_text() == token:
+          return
+      except OSError:
+        pass
+      time.sleep(0.5)
+    fix = "is not the directory that process 0 has under that name; use one that all processes share"
+    raise UserError("workdir", self.workdir, fix)
 
   def __exit__(self, *exc):
-    self.file.close()
+    if self.file is not None:
+      self.file.close()
