@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, manifest
+from research import config, cpu, manifest, secrets
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -54,6 +54,7 @@ def guard(f) -> None:
 def run(build, report) -> None:
   cpu.tune()  # before anything starts jax's backend
   args, overrides = parse_args()
+  secrets.refuse(sys.argv[1:])  # the manifest records the command line
   cfg = config.load(args.config, overrides)
   built_by = config.experiment_module(cfg.experiment).build
   check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")
