@@ -17,6 +17,7 @@ import threading
 import time
 
 from research import run as runs
+from research.errors import UserError
 
 # What the run's exit statuses mean, for tables and last lines.
 MEANING = {
@@ -85,16 +86,16 @@ _KINDS = (
     True,
   ),
   (
+    "the service is unwell",
+    r"UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|HTTPError 50\d|[Tt]ry again|Unable to contact slurm|Socket timed out",
+    "try again in some minutes",
+    True,
+  ),
+  (
     "refused by Slurm",
     r"[Ii]nvalid (partition|account|qos|generic resource)|Requested node configuration|Batch job submission failed",
     "check --partition, --account, --time and --gpus-per-node against: sinfo -o '%P %l %G'",
     False,
-  ),
-  (
-    "the service is unwell",
-    r"UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|\b50[0234]\b|[Tt]ry again|Unable to contact slurm|Socket timed out",
-    "try again in some minutes",
-    True,
   ),
 )
 
@@ -126,13 +127,22 @@ class Done:
 def main(f: Callable[[], int | None]) -> None:
   """Calls `f()` and exits with its status; whatever can be expected to go wrong ends in one line."""
   try:
-    runs.guard(lambda: sys.exit(f() or 0))
-  except Failed as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(runs.EXIT_INTERRUPTED if e.again else runs.EXIT_USER)
+    sys.exit(outcome(f))
   except KeyboardInterrupt:
     print("stopped watching; what runs elsewhere goes on, and the same command watches it again", file=sys.stderr)
     sys.exit(runs.EXIT_INTERRUPTED)
+
+
+def outcome(f: Callable[[], int | None]) -> int:
+  """The exit status of `f()`, a UserError and a Failed being told in one line."""
+  try:
+    return f() or 0
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return runs.EXIT_USER
+  except Failed as e:
+    print(f"error: {e}", file=sys.stderr)
+    return runs.EXIT_INTERRUPTED if e.again else runs.EXIT_USER
 
 
 def execute(
@@ -244,7 +254,7 @@ def add_common(parser, retries: str | None = None) -> None:
     "--timeout", type=positive, default=1800.0, metavar="S", help="seconds that one command may take (%(default)g)"
   )
   if retries:
-    parser.add_argument("--retries", type=count, default=20, metavar="N", help=f"how often {retries} (%(default)s)")
+    add_retries(parser, retries)
     parser.add_argument(
       "--poll",
       type=positive,
@@ -252,6 +262,11 @@ def add_common(parser, retries: str | None = None) -> None:
       metavar="S",
       help="seconds between looks, and the first pause (%(default)g)",
     )
+
+
+def add_retries(parser, what: str) -> None:
+  """The flag --retries, how often to do `what`."""
+  parser.add_argument("--retries", type=count, default=20, metavar="N", help=f"how often {what} (%(default)s)")
 
 
 def positive(text: str) -> float:

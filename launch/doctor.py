@@ -44,7 +44,6 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _SKEW = 5.0  # seconds; certificates and tokens fail from minutes on, logs mislead from seconds on
 _DISK = 10 * 2**30  # the packages, the code, the compilation cache
 _FREE = 0.9  # of a device's memory
-_REACH = 20.0  # seconds in which all workers listen and call each other
 _MARK = "reprise-doctor "
 
 # In a process of its own: where devices are taken or broken, this hangs or aborts.
@@ -71,11 +70,13 @@ def main(argv: list[str]) -> int:
   args = _parser().parse_args(own)
   ports = args.port or list(PORTS)
   if args.json:
-    found = reach(ports[-1], args.peers.split(","), _REACH) if args.peers else examine(args.workdir, ports)
+    found = reach(ports[-1], args.peers.split(","), args.wait) if args.peers else examine(args.workdir, ports)
     facts = {} if args.peers else {"versions": versions()}
     print(_MARK + json.dumps({"host": socket.gethostname(), "time": time.time(), "found": found, **facts}), flush=True)
     return 0
   check(not (args.tpu and args.hosts), "hosts", args.hosts, "give --tpu or --hosts, not both")
+  check(args.hosts is None or bool(args.hosts.strip(",")), "hosts", "''", "name at least one, e.g. node1,node2")
+  check(all(0 < number < 65536 for number in ports), "port", ports, "ports lie in 1 .. 65535")
   if args.tpu or args.hosts:
     found = _on_workers(args, ports)
   elif args.dry_run:
@@ -179,7 +180,7 @@ def reach(number: int, peers: Sequence[str], seconds: float, host: str = "") -> 
   """Whether all peers answer on a port, while this machine (`host`: one of its addresses) answers them."""
   end = time.monotonic() + seconds
   try:
-    server = socket.create_server((host, number))
+    server = socket.create_server((host, number), reuse_port=True)
   except OSError:
     return [port(number)]
   silent = list(peers)
@@ -256,7 +257,8 @@ def compare(reports: Mapping[str, dict], offsets: Mapping[str, float]) -> list[F
   if len({tuple(what) for what in counts.values()}) > 1:
     what = ", ".join(f"{' '.join(what) or 'none'} on {host}" for host, what in counts.items())
     found.append(Finding("devices", what, "reboot the odd one, or delete the pod and create it again"))
-  middle = sorted(offsets.values())[len(offsets) // 2]
+  clocks = sorted([0.0, *offsets.values()])  # ours is one of them: of two workers it says which is wrong
+  middle = clocks[len(clocks) // 2]
   late = {host: offset - middle for host, offset in offsets.items() if abs(offset - middle) > _SKEW}
   for host, seconds in late.items():
     found.append(Finding("clock", f"{host} is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}", _SET_CLOCK))
@@ -274,6 +276,9 @@ def _parser() -> runs.Parser:
   parser.add_argument("--port", type=int, action="append", metavar="N", help=f"ports that must be open ({known})")
   parser.add_argument("--json", action="store_true", help="one line for a program: what this machine alone finds")
   parser.add_argument("--peers", metavar="A,B", help="with --json: only whether these answer on the last port")
+  parser.add_argument(
+    "--wait", type=command.positive, default=20.0, metavar="S", help="for so long workers call each other (%(default)g)"
+  )
   command.add_common(parser)
   return parser
 
@@ -289,15 +294,16 @@ def _on_workers(args, ports: list[int]) -> dict[str, list[Finding]]:
     argv = tpu_vm.gcloud(args, "tpu-vm", "describe", "--format=value(networkEndpoints.ipAddress)")
     addresses = command.call(argv, dry=args.dry_run, timeout=args.timeout, echo=False)
     peers = [address for address in addresses.replace(";", " ").replace(",", " ").split() if address]
-    ask = lambda more: [tpu_vm.ssh(args, shlex.join(["bash", f"{code}/launch/worker.sh", "doctor", *more]))]
+    ask = lambda more: {"": tpu_vm.ssh(args, shlex.join(["bash", f"{code}/launch/worker.sh", "doctor", *more]))}
   else:
     peers = [host for host in args.hosts.split(",") if host]
     remote = f"cd {shlex.quote(str(job.ROOT))} && {shlex.quote(sys.executable)} -m launch.doctor --json"
     ssh = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=30"]
-    ask = lambda more: [[*ssh, host, f"{remote} {shlex.join(more)}"] for host in peers]
+    ask = lambda more: {host: [*ssh, host, f"{remote} {shlex.join(more)}"] for host in peers}
+  call = [f"--port={ports[-1]}", f"--wait={args.wait:g}"]
   reports, offsets = _gather(args, ask(flags))
   if args.dry_run:
-    _gather(args, ask([f"--peers={','.join(peers) or 'ADDRESSES'}", f"--port={ports[-1]}"]))
+    _gather(args, ask([f"--peers={','.join(peers) or 'ADDRESSES'}", *call]))
     return {}
   found = {host: [Finding(*f) for f in report["found"]] for host, report in reports.items()}
   if not reports or len(reports) < len(peers):
@@ -306,33 +312,34 @@ def _on_workers(args, ports: list[int]) -> dict[str, list[Finding]]:
     return found
   found["all"] = [Finding("workers", f"all {len(reports)} answered"), *compare(reports, offsets)]
   if len(peers) > 1 and not any(f[0] == f"port {ports[-1]}" and f[2] for each in found.values() for f in each):
-    answers, _ = _gather(args, ask([f"--peers={','.join(peers)}", f"--port={ports[-1]}"]))
+    answers, _ = _gather(args, ask([f"--peers={','.join(peers)}", *call]))
     for host, report in answers.items():
       found.setdefault(host, []).extend(Finding(*f) for f in report["found"])
   return found
 
 
-def _gather(args, commands: list[list[str]]) -> tuple[dict[str, dict], dict[str, float]]:
-  """(each worker's report, its clock less ours), by host."""
+def _gather(args, commands: Mapping[str, list[str]]) -> tuple[dict[str, dict], dict[str, float]]:
+  """(each worker's report, its clock less ours), by worker; commands: by worker, or "" for one that asks all."""
   reports: dict[str, dict] = {}
   offsets: dict[str, float] = {}
 
-  def heard(line: str) -> None:
-    _, mark, text = line.partition(_MARK)
-    if mark:
-      report = json.loads(text)
-      reports[report["host"]] = report
-      offsets[report["host"]] = report["time"] - time.time()
-    else:
-      print(line, end="", file=sys.stderr)
+  def one(worker: str) -> None:
+    def heard(line: str) -> None:
+      _, mark, text = line.partition(_MARK)
+      if mark:
+        report = json.loads(text)
+        name = worker or report["host"]
+        reports[name] = report
+        offsets[name] = report["time"] - time.time()
+      else:
+        print(line, end="", file=sys.stderr)
 
-  def one(argv: list[str]) -> None:
     try:
-      command.execute(argv, dry=args.dry_run, timeout=args.timeout, echo=False, heard=heard)
+      command.execute(commands[worker], dry=args.dry_run, timeout=args.timeout, echo=False, heard=heard)
     except command.Failed as e:
-      print(e, file=sys.stderr)
+      print(f"{worker or 'workers'}: {e}", file=sys.stderr)
 
-  with concurrent.futures.ThreadPoolExecutor(max(len(commands), 1)) as pool:
+  with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
     list(pool.map(one, commands))
   return reports, offsets
 

@@ -73,7 +73,8 @@ def submit(args, rest: list[str]) -> int:
     command.call(["git", "-C", str(code), "checkout", "-q", commit], dry=args.dry_run)
   # Names only: Slurm takes the values from here, and no other variable goes along.
   argv = ["sbatch", "--parsable", f"--export={','.join((*_PASSED, *names))}", str(script)]
-  told = command.retrying(lambda: command.call(argv, dry=args.dry_run, timeout=args.timeout), args.retries, args.poll)
+  # Not tried again: what timed out may have been submitted.
+  told = command.call(argv, dry=args.dry_run, timeout=args.timeout)
   if not args.dry_run:
     number = told.strip().partition(";")[0]
     print(f"job {number}; log: {here}/slurm-{number}.log; python -m launch.slurm status --job={number}")
@@ -97,12 +98,13 @@ def _parser() -> runs.Parser:
   parser = runs.Parser(prog="python -m launch.slurm", description=__doc__.split("\n")[0])
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="submit|status|cancel")
 
-  def add(verb: str, f: Callable, more: str = "", retries: str | None = None):
+  def add(verb: str, f: Callable, more: str = ""):
     sub = verbs.add_parser(verb, help=f.__doc__, description=f"{f.__doc__} {more}".strip())
-    command.add_common(sub, retries)
+    command.add_common(sub)
     return sub
 
-  sub = add("submit", submit, "Its arguments come after --.", "to requeue the job, or to try again to submit")
+  sub = add("submit", submit, "Its arguments come after --.")
+  command.add_retries(sub, "the job is requeued")
   sub.add_argument("--workdir", required=True, metavar="DIR", help="a directory that all nodes share, or gs://...")
   sub.add_argument("--nodes", type=_positive, default=1, metavar="N", help="how many nodes (%(default)s)")
   sub.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="(%(default)s)")

@@ -10,6 +10,7 @@ run again; to Slurm and GKE they are submitted, and requeued there. A table of h
 ended comes last; the exit status is 0 if all did well, else that of the first that did not.
 """
 
+import importlib
 import itertools
 import pathlib
 import re
@@ -125,7 +126,8 @@ def _launch(args, rest: list[str], workdir: str, number: int, what: job.Job) -> 
   # A workload of GKE needs a name of its own.
   name = [f"--name={re.sub('[^a-z0-9]+', '-', pathlib.PurePath(workdir).parent.name.lower())[:30].strip('-')}-{number}"]
   argv = [f"--workdir={workdir}", *(name if args.on == "xpk" else []), *dry, *rest]
-  return _here([sys.executable, "-m", f"launch.{args.on}", _VERBS[args.on], *argv, "--", *settings])
+  launcher = importlib.import_module(f"launch.{args.on}")
+  return command.outcome(lambda: launcher.main([_VERBS[args.on], *argv, "--", *settings]))
 
 
 def _told(args, status: int | None) -> str:

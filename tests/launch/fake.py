@@ -1,12 +1,13 @@
 """Stand-ins for gcloud, xpk, sbatch and the like: on PATH, they record their arguments and act by a scenario.
 
-The scenario of a test is a list of rules [words, n, action], in the file that
-FAKE_SCENARIO names: the n-th call (0: every one) whose arguments have all the words acts so:
+The scenario of a test is a list of rules [words, n, action]: so does the n-th call (0:
+every one) act whose arguments have all the words:
 {"say": text, "status": 1, "set": {...}, "hang": seconds}. `set` changes the fake's state,
 which the default actions read and write: a TPU VM can be created, described, deleted, and
 ssh runs its command in a directory for a home, without the environment of the caller.
-{"signal": 9, "once": path} lets ssh run, and sends the signal to what it has started as
-soon as the path exists; without "status" ssh then ends as its command does.
+{"signal": 9, "once": path} lets gcloud's ssh or srun run, and sends the signal to what it
+has started as soon as the path exists; without "status" it then ends as its command does.
+sbatch runs its script, with the variables it is told to pass on, as often as it is requeued.
 """
 
 import json
@@ -30,10 +31,11 @@ def act() -> None:
     if has(call) and n in (0, sum(map(has, before))):
       time.sleep(action.get("hang", 0))
       if "signal" in action:
-        process = _ssh(folder, call)
+        process = _ssh(folder, call) if call[0] == "gcloud" else _srun(call)
         while not pathlib.Path(action["once"]).exists():
           time.sleep(0.01)
-        os.kill(int(next(_home(folder).glob("reprise-runs/*/pid")).read_text()), action["signal"])
+        pids = [int(path.read_text()) for path in _home(folder).glob("reprise-runs/*/pid")]
+        os.kill(pids[0] if call[0] == "gcloud" else process.pid, action["signal"])
         status = process.wait()
         _save(folder, state | action.get("set", {}))
         sys.exit(action.get("status", status))
@@ -42,6 +44,33 @@ def act() -> None:
       sys.exit(action.get("status", 0))
   if call[0] == "gcloud":
     _gcloud(folder, state, call)
+  if call[0] == "ssh":
+    sys.exit(subprocess.run(["bash", "-c", call[-1]], check=False).returncode)
+  if call[0] == "srun":
+    sys.exit(_srun(call).wait())
+  if call[0] == "squeue":
+    print("RUNNING")
+  if call[0] == "sbatch":
+    _sbatch(folder, call)
+
+
+def _srun(call: list[str]) -> subprocess.Popen:
+  first = next(i for i, word in enumerate(call) if i and not word.startswith("--"))
+  return subprocess.Popen(call[first:])
+
+
+def _sbatch(folder: pathlib.Path, call: list[str]) -> None:
+  names = next(word for word in call if word.startswith("--export=")).removeprefix("--export=").split(",")
+  env = {name: os.environ[name] for name in names if name in os.environ}
+  requeued = lambda: (folder / "calls.jsonl").read_text().count('["scontrol", "requeue", "41"]')
+  done, count = -1, 0
+  with (folder / "job.log").open("w") as log:
+    while done < requeued():
+      done = requeued()
+      more = {"FAKE": str(folder), "SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": str(count)}
+      subprocess.run(["bash", call[-1]], env={**env, **more}, stdout=log, stderr=subprocess.STDOUT, check=False)
+      count += 1
+  print("41;cluster")
 
 
 def _save(folder: pathlib.Path, state: dict) -> None:

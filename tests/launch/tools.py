@@ -22,7 +22,7 @@ class Tools:
   def __init__(self, folder: pathlib.Path):
     self.folder, self.checkout = folder, folder / "checkout"
     (folder / "bin").mkdir(parents=True)
-    for name in ("gcloud", "xpk", "sbatch", "srun", "squeue", "scancel", "scontrol"):
+    for name in ("gcloud", "xpk", "kubectl", "ssh", "sbatch", "srun", "squeue", "scancel", "scontrol"):
       script = folder / "bin" / name
       script.write_text(f"#!{sys.executable} -S\n{(ROOT / 'tests/launch/fake.py').read_text()}")
       script.chmod(0o755)
