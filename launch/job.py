@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -61,6 +62,15 @@ def commit(job: Job | None = None) -> str:
     path = job.spec.partition(":")[0]
     check(bool(_git("ls-files", path)), "config", path, "is not in the commit; git add and commit it")
   return head
+
+
+def cache(dry: bool = False) -> pathlib.Path:
+  """Where copies of the code are made on their way; it is this user's alone, unlike /tmp. Made unless `dry`."""
+  root = os.environ.get("REPRISE_CACHE") or os.path.expanduser("~/.cache/reprise")
+  place = pathlib.Path(root, "launch")
+  if not dry:
+    place.mkdir(parents=True, exist_ok=True)
+  return place
 
 
 def bundle(path: pathlib.Path) -> list[str]:

@@ -15,16 +15,13 @@ variable from their environment or the secret manager.
 """
 
 from collections.abc import Callable
-import math
-import pathlib
 import re
 import shlex
 import sys
-import tempfile
 import time
 from typing import NamedTuple
 
-from launch import command, job
+from launch import command, job, topology
 from launch.command import Failed
 from research import run as runs
 from research.errors import UserError, check
@@ -34,20 +31,18 @@ class Generation(NamedTuple):
   """How gcloud names a TPU generation. cores: what the number in v5p-16 counts per chip."""
 
   type: str
-  dimensions: int
   cores: int
   runtime: str
 
 
 # Names, sizes and runtimes: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and runtimes.
 GENERATIONS = {
-  "v4": Generation("v4", 3, 2, "tpu-ubuntu2204-base"),
-  "v5e": Generation("v5litepod", 2, 1, "v2-alpha-tpuv5-lite"),
-  "v5p": Generation("v5p", 3, 2, "v2-alpha-tpuv5"),
-  "v6e": Generation("v6e", 2, 1, "v2-alpha-tpuv6e"),
-  "tpu7x": Generation("tpu7x", 3, 2, ""),  # the Cloud TPU API does not have it: GKE only
+  "v4": Generation("v4", 2, "tpu-ubuntu2204-base"),
+  "v5e": Generation("v5litepod", 1, "v2-alpha-tpuv5-lite"),
+  "v5p": Generation("v5p", 2, "v2-alpha-tpuv5"),
+  "v6e": Generation("v6e", 1, "v2-alpha-tpuv6e"),
+  "tpu7x": Generation("tpu7x", 2, ""),  # the Cloud TPU API does not have it: GKE only
 }
-PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
 BLOCKS = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # below 4x4x4; above, multiples of 4 in rising order
 
 # ssh itself notices a worker that went away; gcloud would wait for ever.
@@ -58,23 +53,17 @@ SILENT = "a worker does not answer"
 READY, ABSENT, LOST, FAILED, PENDING = "ready", "absent", "lost", "failed", "pending"
 
 
-def parse_topology(text: str) -> tuple[Generation, str, str]:
-  """ "v5e:4x4" as (generation, "4x4", accelerator type "v5litepod-16"). Raises UserError."""
-  known, colon, shape = text.partition(":")
-  example = "e.g. v5e:4x4, v6e:2x4, v4:2x2x2, v5p:4x4x4, tpu7x:2x2x2"
-  check(known in GENERATIONS, "topology", text or "''", f"choose a generation from {', '.join(GENERATIONS)}; {example}")
-  generation = GENERATIONS[known]
-  right = bool(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)) and shape.count("x") == generation.dimensions - 1
-  check(right, "topology", text, f"{known} has {generation.dimensions} dimensions, {example}")
-  if generation.dimensions == 2:
-    check(shape in PLANES, "topology", text, f"{known} comes as {', '.join(PLANES)}")
-  sides = [int(side) for side in shape.split("x")]
-  if generation.dimensions == 3:
-    whole = sides == sorted(sides) and all(side % 4 == 0 for side in sides)
-    fix = f"{known} comes as {', '.join(BLOCKS)}, or multiples of 4 in rising order, e.g. 4x4x8"
-    check(whole or shape in BLOCKS, "topology", text, fix)
-  chips = math.prod(sides)
-  return generation, shape, f"{generation.type}-{chips * generation.cores}"
+def parse_topology(text: str) -> tuple[Generation, topology.Topology, str]:
+  """What gcloud and xpk call a topology: of "v5e:4x4" the last is "v5litepod-16". Raises UserError."""
+  known = ", ".join(GENERATIONS)
+  check(text.partition(":")[0] in GENERATIONS, "topology", text or "''", f"choose from {known}, as in v5e:4x4")
+  slice_ = topology.parse(text)
+  if slice_.chip.torus == 3:
+    whole = list(slice_.dims) == sorted(slice_.dims) and all(side % 4 == 0 for side in slice_.dims)
+    fix = f"choose from {', '.join(BLOCKS)}, or multiples of 4 in rising order, as in 4x4x8"
+    check(whole or slice_.size in BLOCKS, "topology", text, fix)
+  generation = GENERATIONS[slice_.generation]
+  return generation, slice_, f"{generation.type}-{slice_.chips * generation.cores}"
 
 
 def main(argv: list[str]) -> int:
@@ -224,14 +213,14 @@ def _call(args, argv: list[str], **options) -> str:
 
 
 def _create_argv(args, extra: list[str]) -> list[str]:
-  generation, shape, accelerator = parse_topology(args.topology)
+  generation, slice_, accelerator = parse_topology(args.topology)
   runtime = args.runtime or generation.runtime
   check(bool(runtime), "topology", args.topology, "TPU VMs do not have this generation; use python -m launch.xpk")
   # Up to 128 chips, how many there are says their shape. Beyond, --type and --topology
   # do; for v5p only the alpha commands take them.
   kind, alpha = [f"--accelerator-type={accelerator}"], False
-  if generation.dimensions == 3 and math.prod(map(int, shape.split("x"))) > 128:
-    kind, alpha = [f"--type={generation.type}", f"--topology={shape}"], generation.type != "v4"
+  if slice_.chip.torus == 3 and slice_.chips > 128:
+    kind, alpha = [f"--type={generation.type}", f"--topology={slice_.size}"], generation.type != "v4"
   spot = ["--spot"] if args.spot else []
   if args.queued:
     node = [f"--node-id={args.name}", f"--runtime-version={runtime}"]
@@ -323,7 +312,7 @@ def _delete(args) -> None:
 def copy(args, commit: str, code: str) -> None:
   """Puts the commit into the directory `code` of all workers, and installs it there."""
   file = f"reprise-{commit[:12]}.bundle"
-  path = pathlib.Path(tempfile.gettempdir(), file)
+  path = job.cache(args.dry_run) / file
   command.call(job.bundle(path), dry=args.dry_run)
   project = [f"--project={args.project}"] if args.project else []
   argv = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(path), f"{args.name}:", "--worker=all"]

@@ -15,10 +15,8 @@ Kubernetes secret fills, and stop with one line if it has none.
 """
 
 from collections.abc import Callable
-import pathlib
 import shlex
 import sys
-import tempfile
 
 from launch import command, job, tpu_vm
 from launch.command import Failed
@@ -54,7 +52,7 @@ def run(args, rest: list[str]) -> int:
   names = job.variables(args.env)
   kind = tpu_vm.parse_topology(args.topology)[2]
   commit = job.commit(what)
-  code = pathlib.Path(tempfile.gettempdir(), f"reprise-{commit[:12]}")
+  code = job.cache(args.dry_run) / commit[:12]
   if args.dry_run or not code.exists():
     command.call(["git", "clone", "-q", str(job.ROOT), str(code)], dry=args.dry_run)
     command.call(["git", "-C", str(code), "checkout", "-q", commit], dry=args.dry_run)

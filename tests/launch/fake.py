@@ -79,6 +79,8 @@ def _save(folder: pathlib.Path, state: dict) -> None:
 
 def _gcloud(folder: pathlib.Path, state: dict, call: list[str]) -> None:
   call = [word for word in call if word != "alpha"]
+  if call[1] == "secrets":
+    sys.exit(1)
   group, verb = call[3:5]
   kind = "queued" if group == "queued-resources" else "node"
   if verb == "create":
@@ -100,8 +102,8 @@ def _gcloud(folder: pathlib.Path, state: dict, call: list[str]) -> None:
 
 def _ssh(folder: pathlib.Path, call: list[str]) -> subprocess.Popen:
   remote = next(a.removeprefix("--command=") for a in call if a.startswith("--command="))
-  env = {"HOME": str(_home(folder)), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "REPRISE_PYTHON": sys.executable}
-  env["REPRISE_CACHE"] = os.environ.get("REPRISE_CACHE") or os.path.expanduser("~/.cache/reprise")
+  env = {"HOME": str(_home(folder)), "PATH": f"{folder}/bin:/usr/bin:/bin", "FAKE": str(folder)}
+  env |= {"JAX_PLATFORMS": "cpu", "REPRISE_PYTHON": sys.executable, "REPRISE_CACHE": os.environ["REPRISE_CACHE"]}
   return subprocess.Popen(["bash", "-c", remote], env=env, cwd=_home(folder))
 
 

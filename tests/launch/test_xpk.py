@@ -17,7 +17,7 @@ CANARY = "-".join(["canary"] * 3)
   ("arguments", "says"),
   [
     (["create", *CLUSTER], ["--topology"]),
-    (["create", *CLUSTER, "--topology=v6e:4x4x4"], ["2 dimensions"]),
+    (["create", *CLUSTER, "--topology=v6e:4x4x4"], ["two dimensions"]),
     (["create", "--cluster=Pod", "--topology=v6e:4x4"], ["cluster=Pod"]),
     (["run", *CLUSTER, "--topology=v6e:4x4", f"--name={'n' * 41}", "--workdir=gs://b/x", *JOB], ["at most 40"]),
     (["run", *CLUSTER, "--topology=v6e:4x4", "--name=n", "--workdir=runs/x", *JOB], ["workdir=runs/x"]),

@@ -43,6 +43,13 @@ class Tools:
     git("add", "-A")
     git("commit", "-qm", "as it is")
     self.commit = git("rev-parse", "HEAD").strip()
+    # Copies of the code on their way stay in here; what was compiled is everyone's.
+    cache = pathlib.Path(os.environ.get("REPRISE_CACHE") or os.path.expanduser("~/.cache/reprise"))
+    (cache / "xla").mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "xla").symlink_to(cache / "xla")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    self.env = {"PATH": path, "FAKE": str(folder), "REPRISE_CACHE": str(folder / "cache")}
     self.scenario()
 
   def scenario(self, *rules, **state) -> None:
@@ -57,8 +64,7 @@ class Tools:
 
   def run(self, module: str, *arguments: str, stdin: str = "", **env) -> subprocess.CompletedProcess:
     """`python -m module arguments`, in a real process, from the checkout."""
-    path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "FAKE": str(self.folder), "PYTHONPATH": str(self.checkout), **env}
+    env = {**os.environ, **self.env, "PYTHONPATH": str(self.checkout), **env}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
       command, env=env, input=stdin, capture_output=True, text=True, timeout=100, check=False, cwd=self.checkout
@@ -69,11 +75,7 @@ class Tools:
     launcher = importlib.import_module(module)
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
-      for name, value in {
-        "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-        "FAKE": str(self.folder),
-        **env,
-      }.items():
+      for name, value in {**self.env, **env}.items():
         patch.setenv(name, value)
       patch.setattr(job, "ROOT", self.checkout)
       patch.chdir(self.checkout)
