@@ -75,7 +75,14 @@ _KINDS = (
     "enable the API, or have the role granted that the message names; check: gcloud config get project",
     False,
   ),
-  ("preempted", r"PREEMPTED|[Pp]reempted", "it is made anew by  run --topology=...  in the same command", True),
+  ("preempted", r"PREEMPTED|[Pp]reempted|terminal state", "run with --topology makes it anew", True),
+  (
+    "under maintenance",
+    r"maintenance event|cannot be currently connected",
+    "it comes back by itself; see status",
+    True,
+  ),
+  ("key not in the agent", r"SSH Key is not present", "run: ssh-add ~/.ssh/google_compute_engine", False),
   ("exists already", r"ALREADY_EXISTS|already exists", "use it, delete it, or take another name", False),
   ("not found", r"NOT_FOUND|not found|does not exist", "check the name, the zone and the project", False),
   (

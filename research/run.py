@@ -53,8 +53,8 @@ def guard(f) -> None:
 
 def run(build, report) -> None:
   cpu.tune()  # before anything starts jax's backend
-  args, overrides = parse_args()
   secrets.refuse(sys.argv[1:])  # the manifest records the command line
+  args, overrides = parse_args()
   cfg = config.load(args.config, overrides)
   built_by = config.experiment_module(cfg.experiment).build
   check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")

@@ -17,6 +17,8 @@ from research import run as runs
 CONFIG = "--config=experiments/kvshift/configs/induction.py:tiny"
 SMALL = ("--config.only=plain-1", "--config.seeds=0", "--config.steps=4", "--config.eval_every=0")
 
+SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN", "UNKNOWN"), "canary-canary-canary")
+
 
 @pytest.mark.parametrize(
   ("arguments", "says"),
@@ -67,16 +69,20 @@ def rows(text: str) -> list[list[str]]:
   return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")][-2:]
 
 
-def test_runs_here_one_after_another_and_tells_how_each_ended(tools, tmp_path):
+def test_runs_here_one_after_another_and_tells_how_each_ended_and_writes_no_secret(tools, tmp_path):
   # The second one wants devices that are not there, which only the run itself can see.
   grid = ("--grid", "mesh.data=-1,3")
-  done = tools.run("launch.sweep", CONFIG, *SMALL, *grid, f"--workdir={tmp_path}", JAX_NUM_CPU_DEVICES="1")
+  done = tools.run("launch.sweep", CONFIG, *SMALL, *grid, f"--workdir={tmp_path}", JAX_NUM_CPU_DEVICES="1", **SECRETS)
   assert done.returncode == runs.EXIT_USER
   good, bad = rows(done.stdout)
   assert good[:3] == ["mesh.data=-1", "0", "done"]
   assert bad[:3] == ["mesh.data=3", "2", "a mistake in the command or the config"]
   assert (tmp_path / "mesh.data=-1" / "checkpoints" / "plain-1-0" / "4").is_dir()
   assert "needs 3 devices and there are 1" in done.stderr
+  files = [f for f in tmp_path.rglob("*") if f.is_file()]
+  assert {"manifest.json", "metrics.jsonl", "results.json", "data.json"} <= {f.name for f in files}
+  assert [f for f in files if b"canary" in f.read_bytes()] == []
+  assert "canary" not in done.stdout + done.stderr
 
 
 def test_submits_through_a_launcher(tools, tmp_path):

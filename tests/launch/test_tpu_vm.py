@@ -237,6 +237,8 @@ FAILURES = [
   ("ERROR: (gcloud) PERMISSION_DENIED: Cloud TPU API has not been used in project 1", "not allowed", 1, 2),
   ("ERROR: (gcloud) ALREADY_EXISTS: Resource already exists", "exists already", 1, 2),
   ("ERROR: (gcloud) UNAVAILABLE: try again", "the service is unwell", 3, 75),
+  ("ERROR: SSH Key is not present in the SSH agent. Please run ssh-add", "key not in the agent", 1, 2),
+  ("ERROR: This TPU is going through a maintenance event, and is currently unavailable.", "under maintenance", 3, 75),
   ("ERROR: something new", "gcloud failed with status 1", 1, 2),
 ]
 
