@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shlex
 import signal
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, distributed, manifest
+from research import config, cpu, distributed, manifest, secrets
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -63,6 +62,7 @@ def guard(f) -> None:
 
 def run(build, report) -> None:
   cpu.tune()  # before anything starts jax's backend
+  secrets.refuse(sys.argv[1:])  # the manifest records the command line
   args, overrides = parse_args()
   distributed.start(args)  # first of all, so that the others hear of what is wrong here
   cfg = config.load(args.config, overrides)
@@ -258,7 +258,7 @@ class lock:
 
   def _check_shared(self, first: bool) -> None:
     if first:
-      self.file.write(secrets.token_hex(8))
+      self.file.write(os.urandom(8).hex())
       self.file.flush()
       os.fsync(self.file.fileno())
     token = distributed.share("workdir", (self.workdir / ".lock").read_text() if first else "")
