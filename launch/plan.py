@@ -411,7 +411,7 @@ def as_json(p: Plan) -> dict[str, Any]:
 def specs() -> list[tuple[str, config.RunConfig]]:
   """Every config file of every experiment with each of its ARGS; one of those that are the same run."""
   found = []
-  for path in sorted(ROOT.glob("experiments/*/configs/*.py")):
+  for path in sorted(ROOT.glob("experiments/*/configs/[!_]*.py")):
     for arg in (*runpy.run_path(str(path)).get("ARGS", ()), ""):
       spec = f"{path.relative_to(ROOT)}:{arg}".removesuffix(":")
       cfg = config.load(str(ROOT / spec))
