@@ -19,6 +19,9 @@ import time
 from research import run as runs
 from research.errors import UserError
 
+# What launch/worker.sh says of a run that the command `stop` has ended.
+STOPPED = 130
+
 # What the run's exit statuses mean, for tables and last lines.
 MEANING = {
   0: "done",
@@ -26,6 +29,7 @@ MEANING = {
   runs.EXIT_DIVERGED: "not finite; the last good checkpoint stays",
   runs.EXIT_SAVE: "a checkpoint could not be written",
   runs.EXIT_INTERRUPTED: "interrupted after saving",
+  STOPPED: "stopped by hand; the same command goes on",
 }
 
 # A run that ended so would end so again.
@@ -34,7 +38,7 @@ FINAL = (runs.EXIT_USER, runs.EXIT_DIVERGED, runs.EXIT_SAVE)
 
 def meaning(status: int) -> str:
   """What an exit status of a run says, in a few words."""
-  if status < 0 or status > 128:
+  if status not in MEANING and (status < 0 or status > 128):
     number = -status if status < 0 else status - 128
     name = signal.Signals(number).name if number in {s.value for s in signal.Signals} else f"signal {number}"
     return f"killed by {name}" + (", out of memory perhaps" if number == signal.SIGKILL else "")
@@ -84,7 +88,7 @@ _KINDS = (
   ),
   ("key not in the agent", r"SSH Key is not present", "run: ssh-add ~/.ssh/google_compute_engine", False),
   ("exists already", r"ALREADY_EXISTS|already exists", "use it, delete it, or take another name", False),
-  ("not found", r"NOT_FOUND|not found|does not exist", "check the name, the zone and the project", False),
+  ("not found", r"NOT_FOUND|was not found|does not exist", "check the name, the zone and the project", False),
   (
     "a worker does not answer",
     r"return code \[?255|Connection (timed out|refused|closed|reset)|Operation timed out|Host key verification"
@@ -223,7 +227,7 @@ def call(argv: Sequence[str], **options) -> str:
 def failure(tool: str, done: Done) -> Failed:
   """The Failed that a command's output tells."""
   said = done.errors or done.text
-  lines = [line.strip() for line in said.splitlines() if line.strip()]
+  lines = [line.strip() for line in said.splitlines() if line.strip()][-30:]
   for kind, pattern, fix, again in _KINDS:
     found = [line for line in lines if re.search(pattern, line)]
     if found:

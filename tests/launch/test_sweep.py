@@ -17,7 +17,8 @@ from research import run as runs
 CONFIG = "--config=experiments/kvshift/configs/induction.py:tiny"
 SMALL = ("--config.only=plain-1", "--config.seeds=0", "--config.steps=4", "--config.eval_every=0")
 
-SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN", "UNKNOWN"), "canary-canary-canary")
+CANARY = "-".join(["canary"] * 3)
+SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN", "UNKNOWN"), CANARY)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_runs_here_one_after_another_and_tells_how_each_ended_and_writes_no_secr
   assert "needs 3 devices and there are 1" in done.stderr
   files = [f for f in tmp_path.rglob("*") if f.is_file()]
   assert {"manifest.json", "metrics.jsonl", "results.json", "data.json"} <= {f.name for f in files}
-  assert [f for f in files if b"canary" in f.read_bytes()] == []
-  assert "canary" not in done.stdout + done.stderr
+  assert [f for f in files if CANARY.encode() in f.read_bytes()] == []
+  assert CANARY not in done.stdout + done.stderr
 
 
 def test_submits_through_a_launcher(tools, tmp_path):
