@@ -193,21 +193,22 @@ def execute(
   if timeout:
     timer.start()
   try:
-    if echo or heard:
-      lines: deque[str] = deque(maxlen=5000)
-      for line in process.stdout:
-        if echo:
-          print(line, end="", flush=True)
-        lines.append(line)
-        if heard:
-          heard(line)
-      text, errors = "".join(lines), ""
-      process.wait()
-    else:
-      text, errors = process.communicate()
-  except BaseException:
-    _kill(process)
-    raise
+    with process:
+      try:
+        if echo or heard:
+          lines: deque[str] = deque(maxlen=5000)
+          for line in process.stdout:
+            if echo:
+              print(line, end="", flush=True)
+            lines.append(line)
+            if heard:
+              heard(line)
+          text, errors = "".join(lines), ""
+        else:
+          text, errors = process.communicate()
+      except BaseException:
+        _kill(process)
+        raise
   finally:
     timer.cancel()
   if late.is_set():

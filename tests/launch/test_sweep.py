@@ -101,6 +101,27 @@ def test_submits_through_a_launcher(tools, tmp_path):
   assert "#SBATCH --gpus-per-node=2\n" in script
 
 
+def test_every_workload_of_gke_has_a_name_of_its_own_and_keeps_it(tools):
+  there = ("--workdir=gs://bucket/My sweep", "--on=xpk", "--", "--cluster=pod", "--topology=v6e:4x4")
+  for values in ("1e-3,1e-2", "1e-2,1e-4"):
+    done = tools.here("launch.sweep", CONFIG, "--grid", f"tx.lr={values}", *there)
+    assert done.returncode == 0, done.stderr
+  names = [next(a for a in call if a.startswith("--workload=")) for call in tools.calls("xpk workload create")]
+  assert [name[: len("--workload=sweep-my-sweep-")] for name in names] == ["--workload=sweep-my-sweep-"] * 4
+  assert names[1] == names[2]
+  assert len(set(names)) == 3
+  assert tools.calls("--wait-for-job-completion") == []
+
+
+def test_runs_on_a_pod_one_after_another(tools):
+  tools.scenario([["worker.sh", " -- "], 0, {"say": "reprise: w0 ended with 0"}], node="READY")
+  there = ("--workdir=/shared/sweep", "--on=tpu_vm", "--", "--name=pod", "--zone=us-west4-a")
+  done = tools.here("launch.sweep", CONFIG, "--grid", "tx.lr=1e-3,1e-2", *there)
+  assert done.returncode == 0, done.stderr
+  assert [row[:3] for row in rows(done.stdout)] == [["tx.lr=1e-3", "0", "done"], ["tx.lr=1e-2", "0", "done"]]
+  assert len(tools.calls(" -- ", "--workdir=/shared/sweep/tx.lr=1e-2")) == 1
+
+
 @pytest.mark.slow
 def test_what_is_interrupted_is_run_again_and_what_is_complete_is_not(tools, tmp_path):
   more = ("--config.steps=60", "--config.checkpoint.every=5")
