@@ -27,6 +27,7 @@ MEANING = {
   0: "done",
   runs.EXIT_USER: "a mistake in the command or the config",
   runs.EXIT_DIVERGED: "not finite; the last good checkpoint stays",
+  runs.EXIT_PEERS: "another of its processes is gone",
   runs.EXIT_SAVE: "a checkpoint could not be written",
   runs.EXIT_INTERRUPTED: "interrupted after saving",
   STOPPED: "stopped by hand; the same command goes on",
@@ -34,6 +35,9 @@ MEANING = {
 
 # A run that ended so would end so again.
 FINAL = (runs.EXIT_USER, runs.EXIT_DIVERGED, runs.EXIT_SAVE)
+
+# One that ended so goes on when it is started again; 143 is a second SIGTERM, which ends it at once.
+AGAIN = (runs.EXIT_INTERRUPTED, runs.EXIT_PEERS, 143)
 
 
 def meaning(status: int) -> str:
@@ -167,8 +171,8 @@ def execute(
 
   The command gets no terminal, so it cannot ask anything. echo: its output is passed on
   line by line, stdout and stderr together; else neither it nor the shell line is shown.
-  heard: is called with every line. Raises Failed if the tool is not installed or is not done after
-  `timeout` seconds.
+  heard: is called with every line. Raises Failed if the tool is not installed or is not
+  done after `timeout` seconds.
   """
   if dry or echo:
     print(shlex.join(argv) if dry else f"$ {shlex.join(argv)}", flush=True)

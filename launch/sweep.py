@@ -100,12 +100,12 @@ def _parser() -> runs.Parser:
 
 
 def _until_final(args, argv: list[str]) -> int:
-  """Runs it here until it ends with another status than 75, `retries` times more at most."""
+  """Runs it here until it ends for good, `retries` times more at most."""
   attempt = 0
   while True:
     print(("" if args.dry_run else "$ ") + shlex.join(argv), flush=True)
     status = 0 if args.dry_run else _here(argv)
-    if status != runs.EXIT_INTERRUPTED or attempt == args.retries:
+    if status not in command.AGAIN or attempt == args.retries:
       return status
     attempt += 1
     command.wait(command.meaning(status), attempt, args.retries, args.poll)

@@ -7,7 +7,8 @@
 `run` makes the pod if there is none and --topology is given, copies the checked-out
 commit, installs it, and starts the experiment on all workers. If the pod is preempted it
 is requested again, and the run goes on from its workdir; so it does after it exits with
-75. A lost connection does not end a run: it is watched again, by the same command too.
+75, or with 69, one of its processes being gone. A lost connection does not end a run: it
+is watched again, by the same command too.
 
 Flags follow Google Cloud SDK 528: compute tpus tpu-vm and compute tpus queued-resources.
 No flag takes a secret: gcloud has its own sign-in, and --env=NAME has the workers take a
@@ -352,8 +353,8 @@ def _follow(args, remote: str) -> tuple[int | None, str]:
   state, words = _look(args)
   if state != READY:
     return None, f"the pod is not ready: {words or state}"
-  if runs.EXIT_INTERRUPTED in ended.values() or 143 in ended.values():
-    return None, f"the run was interrupted: {told}"
+  if any(number in command.AGAIN for number in ended.values()):
+    return None, f"the run can go on: {told}"
   if not told or done.status == 255:
     failed = command.failure("gcloud", done)
     if failed.again or done.status == 255:

@@ -66,7 +66,7 @@ def submit(args, rest: list[str]) -> int:
     f"--base-docker-image={args.image}",
     f"--script-dir={code}",
     f"--max-restarts={args.retries}",
-    f"--restart-on-exit-codes={runs.EXIT_INTERRUPTED}",
+    f"--restart-on-exit-codes={runs.EXIT_PEERS},{runs.EXIT_INTERRUPTED}",
     "--termination-grace-period-seconds=120",  # to save in, when a node is taken away
     f"--command={_container(what.command(workdir), names)}",
   ]

@@ -203,8 +203,9 @@ def test_a_run_that_was_stopped_by_hand_is_not_started_again(tools):
   assert len(tools.calls(" -- ")) == 1
 
 
-def test_a_run_that_is_always_interrupted_is_given_up_after_its_retries(tools):
-  again = {"say": "reprise: w0 ended with 75", "status": 75}
+@pytest.mark.parametrize("status", [69, 75])
+def test_a_run_that_is_always_interrupted_is_given_up_after_its_retries(tools, status):
+  again = {"say": f"reprise: w0 ended with {status}\nreprise: w1 ended with 1", "status": 1}
   tools.scenario([["worker.sh", " -- "], 0, again], node="READY")
   done = tools.here("launch.tpu_vm", "run", *POD, "--workdir=/shared/x", *QUICK, *JOB)
   assert done.returncode == runs.EXIT_INTERRUPTED
