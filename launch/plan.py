@@ -199,7 +199,8 @@ def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
   """Raises UserError where the rows of a step do not cover the devices, or the mesh does not divide them."""
   sizes = topology.axis_sizes(cfg.mesh, pod.devices)
   shards = math.prod(sizes[axis] for axis in BATCH)
-  fix = f"{pod.name} cuts it into mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate} parts"
+  parts = shards * cfg.accumulate
+  fix = f"does not divide by mesh.replica x mesh.data x accumulate = {parts} on {pod.name}"
   fix += "; use a multiple, a larger mesh.model or a smaller slice"
   check(cfg.batch % (shards * cfg.accumulate) == 0, "batch", cfg.batch, fix)
 
@@ -448,7 +449,7 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
   name = entry["config"].split("experiments/")[-1].replace("/configs/", " ")
   head = (name, entry["arm"], entry["topology"])
   if "refused" in entry:
-    return (*head, entry["refused"], "", "", "", "")
+    return (*head, entry["refused"].split(f" on {entry['topology']};")[0], "", "", "", "")
   memory = entry["memory"]
   size = f"{memory['needed'] / GIB:.2f} of {memory['limit'] / GIB:.1f}"
   if not entry["fits"]:
