@@ -181,6 +181,8 @@ class Checkpoints:
         try:
           arrays, content = self._read(candidate, expected, partial)
         except _Damaged as error:
+          if self.bucket:
+            paths.parse(os.fspath(self.directory), "checkpoint")  # raises where only the way there is out of order
           damaged.append((candidate, str(error)))
           arrays = None
         if arrays is None:
@@ -243,7 +245,7 @@ class Checkpoints:
       for step in steps:
         names = (f"{step}.damaged" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
         name = next(name for name in names if not (self.directory / name).exists())
-        (self.directory / str(step)).rename(self.directory / name)
+        paths.move(self.directory / str(step), self.directory / name)
     multihost_utils.sync_global_devices("checkpoint set aside")
 
   def _remove_old(self, saved: int) -> None:

@@ -68,6 +68,15 @@ def write(path: Path, text: str) -> None:
   temporary.replace(path)
 
 
+def move(path: Path, to: Path) -> None:
+  """Renames a directory. In a bucket that is a copy, within the service, of every object, then their removal."""
+  if not in_bucket(path):
+    path.rename(to)
+    return
+  _gcs().copy(os.fspath(path), os.fspath(to), recursive=True)
+  path.rmtree()
+
+
 def _gcs():
   """The file system that epath uses for gs://."""
   import fsspec

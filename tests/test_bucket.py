@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import socket
 import subprocess
@@ -20,6 +21,10 @@ from research.errors import UserError
 from research.tools import generate
 from tests import test_resume as local
 
+# Not imported here: how that is done is for research.paths to say.
+has = lambda *names: all(importlib.util.find_spec(name) for name in names)
+with_gcs = pytest.mark.skipif(not has("gcsfs"), reason="needs the extra gcs")
+
 TINY = "--config=experiments/kvshift/configs/main.py:tiny"
 
 
@@ -31,16 +36,21 @@ def reach(patch, address):
   patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
 
 
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def bucket():
   """An empty bucket, for this process and those that it starts."""
-  pytest.importorskip("gcsfs")
-  pytest.importorskip("gcp_storage_emulator")
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
+  if not has("gcsfs", "gcp_storage_emulator"):
+    pytest.skip("needs the extra test")
+  port = free_port()
   arguments = ["--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket", "--quiet"]
-  server = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", "start", *arguments])
+  command = [sys.executable, "-m", "gcp_storage_emulator", "start", *arguments]
+  server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   try:
     with pytest.MonkeyPatch.context() as patch:
       reach(patch, f"127.0.0.1:{port}")
@@ -89,6 +99,13 @@ def test_killed_in_a_save_it_ends_the_same_as_in_a_local_directory(whole, resume
   assert list((resumed / "tensorboard" / "kvshift-0").glob("events.*"))
 
 
+def test_its_model_is_the_same(resumed, whole):
+  with runs.mesh():
+    ours, theirs = (jax.tree.leaves(runs.load(workdir)[1]) for workdir in (str(resumed), whole))
+  assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
 def test_tools_read_it(resumed, whole, monkeypatch, capsys):
   told = []
   for workdir in (resumed, whole):
@@ -159,7 +176,6 @@ def refusing():
     def log_message(self, *args):
       pass
 
-  pytest.importorskip("gcsfs")
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   yield server
@@ -177,6 +193,7 @@ def told_in_one_line(arguments, monkeypatch, capfd):
   return told
 
 
+@with_gcs
 @pytest.mark.parametrize(("status", "says"), [(401, "gcloud auth"), (403, "storage.objectAdmin"), (404, "no bucket")])
 def test_a_bucket_that_cannot_be_used_is_told_in_one_line(status, says, refusing, monkeypatch, capfd, tmp_path):
   refusing.status = status
@@ -240,9 +257,7 @@ def test_a_run_goes_on_and_starts_from_a_bucket(whole, resumed, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_it(bucket):
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
+  port = free_port()
   workdir = paths.parse(f"{bucket}/two")
 
   def start(kill):
