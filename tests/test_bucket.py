@@ -248,11 +248,18 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(whole, buck
 
 @pytest.mark.slow
 def test_a_run_goes_on_and_starts_from_a_bucket(whole, resumed, tmp_path):
-  local.finish(tmp_path / "on", f"--config.resume={resumed}")
-  assert local.arrays(tmp_path / "on") == local.arrays(whole)
   local.finish(tmp_path / "from", f"--config.init_from={resumed}", "--config.tx.name=muon")
   evals = lambda workdir: [r["loss"] for r in local.history(workdir) if r["kind"] == "eval"]
   assert evals(tmp_path / "from")[0] == evals(whole)[-1]
+  complete = resumed / local.RUN / "30" / "commit_success.txt"
+  text = complete.read_text()
+  complete.unlink()
+  try:
+    told = local.finish(tmp_path / "on", f"--config.resume={resumed}")
+  finally:
+    complete.write_text(text)
+  assert "going on from step 28" in told
+  assert local.arrays(tmp_path / "on") == local.arrays(whole)
 
 
 @pytest.mark.slow
