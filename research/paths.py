@@ -52,10 +52,11 @@ def bad(path: str | os.PathLike, field: str, error: Exception) -> UserError:
   if isinstance(error, FileNotFoundError):
     return UserError(field, path, f"there is no bucket {bucket}: gcloud storage buckets create {bucket}")
   said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-  if isinstance(error, OSError) and not str(error).startswith("Forbidden"):
-    return UserError(field, path, f"the bucket cannot be reached, see to the network ({said})")
-  fix = "sign in (gcloud auth application-default login), or give this account roles/storage.objectAdmin on the bucket"
-  return UserError(field, path, f"the bucket lets nobody in: {fix} ({said})")
+  unknown = getattr(error, "code", None) == 401 or type(error).__module__.startswith("google.auth")
+  if unknown or str(error).startswith("Forbidden"):
+    fix = "sign in (gcloud auth application-default login), or give this account the role roles/storage.objectAdmin"
+    return UserError(field, path, f"access to {bucket} is refused: {fix} ({said})")
+  return UserError(field, path, f"{bucket} cannot be reached; look at its name and at the network ({said})")
 
 
 def write(path: Path, text: str) -> None:
@@ -81,6 +82,7 @@ def _gcs():
   """The file system that epath uses for gs://."""
   import fsspec
 
+  os.environ.setdefault("EPATH_USE_TF", "false")  # the same library for gs:// where tensorflow is installed, too
   # Flat access does for every bucket but zonal ones; asking for each bucket's kind would take a service of its own.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs, tracebacks and all

@@ -33,6 +33,7 @@ class Writer:
     self.bucket = paths.in_bucket(workdir)
     self.active = jax.process_index() == 0
     self.file = self.board = self.bar = None
+    self.local = None  # where TensorBoard files of a bucket are made
 
   def start(self, step: int) -> None:
     """Opens the files for a run that (re)starts at `step`; lines it will write again are dropped."""
@@ -87,6 +88,8 @@ class Writer:
       self.flush()
       self.file.close()
       self.board.close()
+    if self.local is not None:
+      self.local.cleanup()
     if self.bar is not None:
       self.bar.close()
 
