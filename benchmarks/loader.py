@@ -9,7 +9,6 @@ experiments/kvshift/configs/main.py on this CPU, rows of 256; goal: under 1 %.
 """
 
 import argparse
-import functools
 import os
 import pathlib
 import statistics
@@ -20,7 +19,7 @@ import jax
 
 from benchmarks import record
 from research import config, cpu, data, run
-from research.fit import abstract_state, default_train_step, init_state, to_devices
+from research.fit import abstract_state, fresh_state, jit_step, to_devices
 from research.tools import tokenize
 
 GOAL, WAIT_GOAL = 1e6, 0.01  # tokens / s, share of a step
@@ -79,9 +78,9 @@ def wait_share(text: data.TextConfig) -> float:
   batches = iter(data.batches(rows, cfg.batch, seed=0, train=True))
   waited = 0.0
   with jax.set_mesh(mesh):
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(exp))
-    state = jax.jit(functools.partial(init_state, exp), out_shardings=shardings)(jax.random.key(0))
-    step = jax.jit(functools.partial(default_train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None))
+    abstract = abstract_state(exp)
+    state = fresh_state(exp, abstract, 0)
+    step = jit_step(exp, cfg, abstract)
     for i in range(TRAIN_STEPS + 2):
       if i == 2:  # compiled, and the prefetched batches of the start are used
         begin, waited = time.perf_counter(), 0.0

@@ -19,7 +19,7 @@ from benchmarks import record
 from experiments.kvshift.experiment import ATTENTIONS
 from research import cpu, optim
 from research.config import RunConfig
-from research.fit import Experiment, abstract_state, default_train_step, init_state, to_devices
+from research.fit import Experiment, abstract_state, fresh_state, jit_step, to_devices
 from research.mesh import MeshConfig, make_mesh
 from research.models.transformer import Transformer, TransformerConfig, next_token_loss
 from research.optim import OptimizerConfig
@@ -38,9 +38,9 @@ def compiled_step(attention: str, batch: int, length: int, model: TransformerCon
   cfg = RunConfig("benchmark", batch=batch, length=length, tx=OptimizerConfig(warmup=0))
   init = functools.partial(Transformer, cfg=model, mix=ATTENTIONS[attention])
   exp = Experiment(init=init, loss=next_token_loss, data=None, tx=optim.make(cfg.tx, cfg.steps))
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(exp))
-  state = jax.jit(functools.partial(init_state, exp), out_shardings=shardings)(jax.random.key(0))
-  step = jax.jit(functools.partial(default_train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None))
+  abstract = abstract_state(exp)
+  state = fresh_state(exp, abstract, 0)
+  step = jit_step(exp, cfg, abstract)
   return step.lower(state, rows(batch, length, model.vocab)).compile(), state
 
 

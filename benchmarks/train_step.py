@@ -62,7 +62,7 @@ def reprise(shape: Shape, weights: None):
 
   from research import cpu, optim
   from research.config import RunConfig
-  from research.fit import Experiment, abstract_state, default_train_step, init_state, to_devices
+  from research.fit import Experiment, abstract_state, fresh_state, jit_step, to_devices
   from research.mesh import MeshConfig, make_mesh
   from research.models.transformer import Transformer, TransformerConfig, next_token_loss
 
@@ -75,11 +75,9 @@ def reprise(shape: Shape, weights: None):
   exp = Experiment(init=lambda key: Transformer(key, model), loss=next_token_loss, data=None, tx=optim.make(tx, 1))
   cpu.tune()  # as research.run does, and no sooner
   jax.set_mesh(make_mesh(MeshConfig()))
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(exp))
-  state = jax.jit(functools.partial(init_state, exp), out_shardings=shardings)(jax.random.key(0))
-  train_step = jax.jit(
-    functools.partial(default_train_step, exp, cfg), donate_argnums=0, out_shardings=(shardings, None)
-  )
+  abstract = abstract_state(exp)
+  state = fresh_state(exp, abstract, 0)
+  train_step = jit_step(exp, cfg, abstract)
   ones = np.ones((shape.batch, shape.length), np.int32)
   positions = np.broadcast_to(np.arange(shape.length, dtype=np.int32), ones.shape)
   rest = {"segment_ids": ones, "positions": positions, "weights": ones.astype(np.float32)}

@@ -19,22 +19,30 @@ import time
 from research import run as runs
 from research.errors import UserError
 
+# What launch/worker.sh says of a run that the command `stop` has ended.
+STOPPED = 130
+
 # What the run's exit statuses mean, for tables and last lines.
 MEANING = {
   0: "done",
   runs.EXIT_USER: "a mistake in the command or the config",
   runs.EXIT_DIVERGED: "not finite; the last good checkpoint stays",
+  runs.EXIT_PEERS: "another of its processes is gone",
   runs.EXIT_SAVE: "a checkpoint could not be written",
   runs.EXIT_INTERRUPTED: "interrupted after saving",
+  STOPPED: "stopped by hand; the same command goes on",
 }
 
 # A run that ended so would end so again.
 FINAL = (runs.EXIT_USER, runs.EXIT_DIVERGED, runs.EXIT_SAVE)
 
+# One that ended so goes on when it is started again; 143 is a second SIGTERM, which ends it at once.
+AGAIN = (runs.EXIT_INTERRUPTED, runs.EXIT_PEERS, 143)
+
 
 def meaning(status: int) -> str:
   """What an exit status of a run says, in a few words."""
-  if status < 0 or status > 128:
+  if status not in MEANING and (status < 0 or status > 128):
     number = -status if status < 0 else status - 128
     name = signal.Signals(number).name if number in {s.value for s in signal.Signals} else f"signal {number}"
     return f"killed by {name}" + (", out of memory perhaps" if number == signal.SIGKILL else "")
@@ -84,7 +92,7 @@ _KINDS = (
   ),
   ("key not in the agent", r"SSH Key is not present", "run: ssh-add ~/.ssh/google_compute_engine", False),
   ("exists already", r"ALREADY_EXISTS|already exists", "use it, delete it, or take another name", False),
-  ("not found", r"NOT_FOUND|not found|does not exist", "check the name, the zone and the project", False),
+  ("not found", r"NOT_FOUND|was not found|does not exist", "check the name, the zone and the project", False),
   (
     "a worker does not answer",
     r"return code \[?255|Connection (timed out|refused|closed|reset)|Operation timed out|Host key verification"
@@ -163,8 +171,8 @@ def execute(
 
   The command gets no terminal, so it cannot ask anything. echo: its output is passed on
   line by line, stdout and stderr together; else neither it nor the shell line is shown.
-  heard: is called with every line. Raises Failed if the tool is not installed or is not done after
-  `timeout` seconds.
+  heard: is called with every line. Raises Failed if the tool is not installed or is not
+  done after `timeout` seconds.
   """
   if dry or echo:
     print(shlex.join(argv) if dry else f"$ {shlex.join(argv)}", flush=True)
@@ -189,21 +197,22 @@ def execute(
   if timeout:
     timer.start()
   try:
-    if echo or heard:
-      lines: deque[str] = deque(maxlen=5000)
-      for line in process.stdout:
-        if echo:
-          print(line, end="", flush=True)
-        lines.append(line)
-        if heard:
-          heard(line)
-      text, errors = "".join(lines), ""
-      process.wait()
-    else:
-      text, errors = process.communicate()
-  except BaseException:
-    _kill(process)
-    raise
+    with process:
+      try:
+        if echo or heard:
+          lines: deque[str] = deque(maxlen=5000)
+          for line in process.stdout:
+            if echo:
+              print(line, end="", flush=True)
+            lines.append(line)
+            if heard:
+              heard(line)
+          text, errors = "".join(lines), ""
+        else:
+          text, errors = process.communicate()
+      except BaseException:
+        _kill(process)
+        raise
   finally:
     timer.cancel()
   if late.is_set():
@@ -223,7 +232,7 @@ def call(argv: Sequence[str], **options) -> str:
 def failure(tool: str, done: Done) -> Failed:
   """The Failed that a command's output tells."""
   said = done.errors or done.text
-  lines = [line.strip() for line in said.splitlines() if line.strip()]
+  lines = [line.strip() for line in said.splitlines() if line.strip()][-30:]
   for kind, pattern, fix, again in _KINDS:
     found = [line for line in lines if re.search(pattern, line)]
     if found:

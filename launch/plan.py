@@ -32,9 +32,10 @@ from research.mesh import BATCH
 from research.report import table
 from research.tools.params import path_name
 
+ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 # What --all plans for: a host, and the sizes that the papers' runs are of.
-MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:8x16x16", "h100:8")
+MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "h100:8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def main() -> None:
   if args.all:
     plan_all(args.what)
     return
-  with ptx.dumped():
+  with ptx.dumped():  # where XLA's GPU compiler is asked
     plan_one(args, overrides)
 
 
@@ -198,7 +199,8 @@ def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
   """Raises UserError where the rows of a step do not cover the devices, or the mesh does not divide them."""
   sizes = topology.axis_sizes(cfg.mesh, pod.devices)
   shards = math.prod(sizes[axis] for axis in BATCH)
-  fix = f"{pod.name} cuts it into mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate} parts"
+  parts = shards * cfg.accumulate
+  fix = f"does not divide by mesh.replica x mesh.data x accumulate = {parts} on {pod.name}"
   fix += "; use a multiple, a larger mesh.model or a smaller slice"
   check(cfg.batch % (shards * cfg.accumulate) == 0, "batch", cfg.batch, fix)
 
@@ -393,12 +395,15 @@ def describe(p: Plan) -> str:
     lines += ["", table(["Triton kernel", "registers a thread", "bytes spilled a thread"], told)]
   if pod.generation in topology.GPUS:
     lines.append("planned with XLA's attention: cuDNN's, which runs on the GPU, cannot be compiled without one")
+    lines.append("jax takes 75 % of a GPU's memory unless told more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92")
   return "\n".join(lines) + "\n"
 
 
 def as_json(p: Plan) -> dict[str, Any]:
   """For machines."""
   told = dataclasses.asdict(p) | {"fits": p.memory.fits, "projection": True}
+  if p.memory.fits:
+    del told["largest"], told["fixes"]
   if p.counts is not None:
     told |= {"mfu": p.mfu, "tokens_per_second": p.tokens / p.step_seconds}
   return told
@@ -406,12 +411,11 @@ def as_json(p: Plan) -> dict[str, Any]:
 
 def specs() -> list[tuple[str, config.RunConfig]]:
   """Every config file of every experiment with each of its ARGS; one of those that are the same run."""
-  root = pathlib.Path(__file__).parents[1]
   found = []
-  for path in sorted(root.glob("experiments/*/configs/*.py")):
+  for path in sorted(ROOT.glob("experiments/*/configs/[!_]*.py")):
     for arg in (*runpy.run_path(str(path)).get("ARGS", ()), ""):
-      spec = f"{path.relative_to(root)}:{arg}".removesuffix(":")
-      cfg = config.load(str(root / spec))
+      spec = f"{path.relative_to(ROOT)}:{arg}".removesuffix(":")
+      cfg = config.load(str(ROOT / spec))
       if cfg not in [known for _, known in found]:
         found.append((spec, cfg))
   return found
@@ -424,7 +428,7 @@ def plan_all(what: str) -> None:
     print(f"left out: {pod.name}: {topology.missing(pod)}", file=sys.stderr)
     pods.remove(pod)
   check(bool(pods), "all", what, "nothing to compile with; pip install -e '.[aot]'")
-  docs = pathlib.Path(__file__).parents[1] / "docs"
+  docs = ROOT / "docs"
   entries = []
   for spec, cfg in specs():
     arm, single = config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1]))[-1]
@@ -434,7 +438,8 @@ def plan_all(what: str) -> None:
       except UserError as e:
         entries.append({"config": spec, "arm": arm, "topology": pod.name, "refused": str(e)})
       print(*row(entries[-1]), sep=" | ", flush=True)
-  (docs / "pods.json").write_text(json.dumps(entries, indent=1) + "\n")
+  lines = ",\n".join(json.dumps(entry) for entry in entries)
+  (docs / "pods.json").write_text(f"[\n{lines}\n]\n")
   (docs / "pods.md").write_text(page(entries))
   print(f"wrote {docs / 'pods.md'} and {docs / 'pods.json'}")
 
@@ -444,7 +449,7 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
   name = entry["config"].split("experiments/")[-1].replace("/configs/", " ")
   head = (name, entry["arm"], entry["topology"])
   if "refused" in entry:
-    return (*head, entry["refused"], "", "", "", "")
+    return (*head, entry["refused"].split(f" on {entry['topology']};")[0], "", "", "", "")
   memory = entry["memory"]
   size = f"{memory['needed'] / GIB:.2f} of {memory['limit'] / GIB:.1f}"
   if not entry["fits"]:

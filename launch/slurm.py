@@ -31,7 +31,7 @@ cd {code} || exit 1
 srun --wait=60 --export=ALL {run}
 status=$?
 # A job that was cancelled, or that Slurm requeues itself, is no longer running.
-if [ $status -eq 75 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ] &&
+if [ $status -eq 75 -o $status -eq 69 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ] &&
     [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

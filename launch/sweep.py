@@ -17,13 +17,14 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 
 from launch import command, job
 from research import report
 from research import run as runs
 from research.errors import check
 
-_VERBS = {"slurm": "submit", "tpu_vm": "run", "xpk": "run"}
+_VERBS = {"slurm": "submit", "tpu_vm": "run", "xpk": "submit"}
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +72,7 @@ def run(args, rest: list[str], root: str, jobs: dict[str, job.Job]) -> int:
       if args.on == "local":
         ended[name] = _until_final(args, what.command(workdir, sys.executable))
       else:
-        ended[name] = _launch(args, rest, workdir, number, what)
+        ended[name] = _launch(args, rest, workdir, what)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on", file=sys.stderr)
   finally:
@@ -99,12 +100,12 @@ def _parser() -> runs.Parser:
 
 
 def _until_final(args, argv: list[str]) -> int:
-  """Runs it here until it ends with another status than 75, `retries` times more at most."""
+  """Runs it here until it ends for good, `retries` times more at most."""
   attempt = 0
   while True:
     print(("" if args.dry_run else "$ ") + shlex.join(argv), flush=True)
     status = 0 if args.dry_run else _here(argv)
-    if status != runs.EXIT_INTERRUPTED or attempt == args.retries:
+    if status not in command.AGAIN or attempt == args.retries:
       return status
     attempt += 1
     command.wait(command.meaning(status), attempt, args.retries, args.poll)
@@ -120,12 +121,14 @@ def _here(argv: list[str]) -> int:
     raise
 
 
-def _launch(args, rest: list[str], workdir: str, number: int, what: job.Job) -> int:
+def _launch(args, rest: list[str], workdir: str, what: job.Job) -> int:
   settings = [f"--config={what.spec}", *(f"--config.{item}" for item in what.overrides)]
   dry = ["--dry-run"] if args.dry_run else []
-  # A workload of GKE needs a name of its own.
-  name = [f"--name={re.sub('[^a-z0-9]+', '-', pathlib.PurePath(workdir).parent.name.lower())[:30].strip('-')}-{number}"]
-  argv = [f"--workdir={workdir}", *(name if args.on == "xpk" else []), *dry, *rest]
+  # A workload of GKE needs a name of its own, and the same one when the same command goes on.
+  root, point = workdir.rsplit("/", 2)[-2:]
+  short = re.sub("[^a-z0-9]+", "-", root.lower())[:20].strip("-")
+  name = [f"--name=sweep-{short}-{zlib.crc32(point.encode()):08x}"] if args.on == "xpk" else []
+  argv = [f"--workdir={workdir}", *name, *dry, *rest]
   launcher = importlib.import_module(f"launch.{args.on}")
   return command.outcome(lambda: launcher.main([_VERBS[args.on], *argv, "--", *settings]))
 
@@ -133,7 +136,7 @@ def _launch(args, rest: list[str], workdir: str, number: int, what: job.Job) -> 
 def _told(args, status: int | None) -> str:
   if status is None:
     return "not run"
-  return "submitted" if status == 0 and args.on == "slurm" else command.meaning(status)
+  return "submitted" if status == 0 and args.on in ("slurm", "xpk") else command.meaning(status)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 `run` makes the pod if there is none and --topology is given, copies the checked-out
 commit, installs it, and starts the experiment on all workers. If the pod is preempted it
 is requested again, and the run goes on from its workdir; so it does after it exits with
-75. A lost connection does not end a run: it is watched again, by the same command too.
+75, or with 69, one of its processes being gone. A lost connection does not end a run: it
+is watched again, by the same command too.
 
 Flags follow Google Cloud SDK 528: compute tpus tpu-vm and compute tpus queued-resources.
 No flag takes a secret: gcloud has its own sign-in, and --env=NAME has the workers take a
@@ -72,7 +73,9 @@ def main(argv: list[str]) -> int:
   job.name("name", args.name)
   check(bool(re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", args.zone)), "zone", args.zone, "name a zone, e.g. us-west4-a")
   check(not rest or args.verb in ("create", "run"), "command line", "--", f"{args.verb} takes nothing after it")
-  return {"create": create, "run": run, "logs": logs, "status": status, "delete": delete}[args.verb](args, rest)
+  return {"create": create, "run": run, "logs": logs, "status": status, "stop": stop, "delete": delete}[args.verb](
+    args, rest
+  )
 
 
 def create(args, extra: list[str]) -> int:
@@ -138,10 +141,17 @@ def status(args, rest: list[str]) -> int:
   if state == READY:
     here = f"reprise-runs/{args.name}"
     remote = (
-      f'echo "$(hostname): $(if ! [ -e {here}/log ]; then echo no run yet; elif ! flock -n {here}/lock true; then '
+      f'echo "$(hostname): $(if ! [ -e {here}/log ]; then echo no run yet; elif ! flock -ns {here}/lock true; then '
       f'echo running; else echo ended with $(cat {here}/status); fi; tail -n 1 {here}/log 2>/dev/null)"'
     )
     command.call(ssh(args, remote), dry=args.dry_run, timeout=args.timeout)
+  return 0
+
+
+def stop(args, rest: list[str]) -> int:
+  """Has the run on all workers save and end; the pod stays."""
+  remote = f"cd reprise/* && bash launch/worker.sh stop {args.name}"
+  command.call(ssh(args, remote), dry=args.dry_run, timeout=args.timeout)
   return 0
 
 
@@ -167,7 +177,7 @@ def delete(args, rest: list[str]) -> int:
 
 def _parser() -> runs.Parser:
   parser = runs.Parser(prog="python -m launch.tpu_vm", description=__doc__.split("\n")[0])
-  verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|run|logs|status|delete")
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|run|logs|status|stop|delete")
 
   def add(verb: str, f: Callable, more: str = "", retries: str | None = None):
     sub = verbs.add_parser(verb, help=f.__doc__, description=f"{f.__doc__} {more}".strip())
@@ -193,6 +203,7 @@ def _parser() -> runs.Parser:
   sub.add_argument("--lines", type=command.count, default=100, metavar="N", help="how many lines (%(default)s)")
   sub.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
   add("status", status)
+  add("stop", stop)
   add("delete", delete).add_argument("--yes", action="store_true", help="do not ask for the name")
   return parser
 
@@ -337,11 +348,13 @@ def _follow(args, remote: str) -> tuple[int | None, str]:
   for number in ended.values():
     if number in command.FINAL:
       return number, ""
+  if command.STOPPED in ended.values():
+    return runs.EXIT_INTERRUPTED, ""
   state, words = _look(args)
   if state != READY:
     return None, f"the pod is not ready: {words or state}"
-  if runs.EXIT_INTERRUPTED in ended.values() or 143 in ended.values():
-    return None, f"the run was interrupted: {told}"
+  if any(number in command.AGAIN for number in ended.values()):
+    return None, f"the run can go on: {told}"
   if not told or done.status == 255:
     failed = command.failure("gcloud", done)
     if failed.again or done.status == 255:

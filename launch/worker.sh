@@ -4,7 +4,8 @@
 #   worker.sh doctor ARGUMENTS...            what launch/doctor.py finds on this worker
 #   worker.sh start|again NAME TRY [VARIABLE...] -- ARGUMENTS...
 #     has python ARGUMENTS run, and shows its log until it ends. What this TRY has started is not started twice;
-#     what another try has left running is shown by start, and stopped by again.
+#     what another try has left running is shown by start, if it is the same, and stopped by again.
+#   worker.sh stop NAME                      has the run save and end, and not be started again by who watches it
 # A run outlives the connection that started it. Its log, status and lock are in ~/reprise-runs/NAME.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +31,7 @@ if [ "$verb" = doctor ]; then
   exec "${REPRISE_PYTHON:-.venv/bin/python}" -m launch.doctor --json "$@"
 fi
 
-name=$1 try=$2 && shift 2
+name=$1 && shift
 here=$HOME/reprise-runs/$name
 mkdir -p "$here" && touch "$here/log"
 
@@ -40,12 +41,13 @@ finish() {
 }
 
 # The lock is held by the run and all its children: unlike a pid it cannot be another's after a reboot.
-running() { ! flock -n "$here/lock" true 2>/dev/null; }
+# Looks share it, so that they are not taken for runs.
+running() { ! flock -ns "$here/lock" true 2>/dev/null; }
 
-stop() {
+stop() { # two minutes to save in; what hangs is killed
   for signal in TERM KILL; do
     kill -$signal "$(cat "$here/pid" 2>/dev/null)" 2>/dev/null
-    for _ in $(seq 120); do
+    for _ in $(seq 240); do
       running || return
       sleep 0.5
     done
@@ -55,9 +57,17 @@ stop() {
 watch() { # from byte $1 of the log
   tail -c "+$1" -s 0.5 -F --pid="$(cat "$here/pid")" "$here/log" 2>/dev/null | sed -u "s/^/[$(hostname)] /"
   while running; do sleep 0.5; done
+  [ -e "$here/stopped" ] && finish 130
   finish "$(cat "$here/status" 2>/dev/null || echo 137)" # no status: killed together with its shell
 }
 
+if [ "$verb" = stop ]; then
+  running && touch "$here/stopped" && stop
+  echo "$(hostname): stopped"
+  exit 0
+fi
+
+try=$1 && shift
 while [ "$1" != -- ]; do
   if [ -z "${!1:-}" ]; then
     if ! value=$(gcloud secrets versions access latest --secret="$1" 2>/dev/null); then
@@ -73,8 +83,13 @@ shift
 from=$(($(wc -c <"$here/log") + 1))
 if [ "$(cat "$here/try" 2>/dev/null)" != "$try" ]; then
   [ "$verb" = again ] && running && stop
+  if running && [ "$(echo "$*")" != "$(cat "$here/command")" ]; then
+    echo "error: name=$name: something else runs there: $(cat "$here/command"); stop it first, or wait for its end"
+    finish 2
+  fi
   if ! running; then
-    rm -f "$here/status" "$here/pid"
+    rm -f "$here/status" "$here/pid" "$here/stopped"
+    echo "$*" >"$here/command"
     # shellcheck disable=SC2016
     setsid bash -c '
       exec 9>"$0/lock" && flock 9

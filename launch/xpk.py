@@ -31,8 +31,11 @@ def main(argv: list[str]) -> int:
   own, rest = job.split(argv)
   args = _parser().parse_args(own)
   job.name("cluster", args.cluster)
-  check(not rest or args.verb in ("create", "run"), "command line", "--", f"{args.verb} takes nothing after it")
-  return {"create": create, "run": run, "status": status, "logs": logs, "delete": delete}[args.verb](args, rest)
+  check(
+    not rest or args.verb in ("create", "run", "submit"), "command line", "--", f"{args.verb} takes nothing after it"
+  )
+  verbs = {"create": create, "run": run, "submit": submit, "status": status, "logs": logs, "delete": delete}
+  return verbs[args.verb](args, rest)
 
 
 def create(args, extra: list[str]) -> int:
@@ -44,8 +47,8 @@ def create(args, extra: list[str]) -> int:
   return 0
 
 
-def run(args, rest: list[str]) -> int:
-  """Runs an experiment to its end, through preemptions."""
+def submit(args, rest: list[str]) -> int:
+  """Submits an experiment, which the cluster then runs to its end, through preemptions."""
   job.name("name", args.name, 40)
   what = job.parse(rest)
   workdir = job.shared_workdir(args.workdir)
@@ -63,7 +66,7 @@ def run(args, rest: list[str]) -> int:
     f"--base-docker-image={args.image}",
     f"--script-dir={code}",
     f"--max-restarts={args.retries}",
-    f"--restart-on-exit-codes={runs.EXIT_INTERRUPTED}",
+    f"--restart-on-exit-codes={runs.EXIT_PEERS},{runs.EXIT_INTERRUPTED}",
     "--termination-grace-period-seconds=120",  # to save in, when a node is taken away
     f"--command={_container(what.command(workdir), names)}",
   ]
@@ -73,11 +76,17 @@ def run(args, rest: list[str]) -> int:
   except Failed as e:
     if e.kind != "exists already":
       raise
-    print(f"{args.name} was submitted before; waiting for it", file=sys.stderr)
+    print(f"{args.name} was submitted before", file=sys.stderr)
+  return 0
+
+
+def run(args, rest: list[str]) -> int:
+  """Submits an experiment and waits for its end."""
+  submit(args, rest)
   done = command.execute(_xpk(args, "workload", "list", f"--wait-for-job-completion={args.name}"), dry=args.dry_run)
   if done.status in (0, _UNSUCCESSFUL):
     if not args.dry_run:
-      told = "failed; why is in its log: python -m launch.xpk logs" if done.status else f"done: {workdir}"
+      told = "failed; why is in its log: python -m launch.xpk logs" if done.status else f"done: {args.workdir}"
       print(f"{args.name}: {told}", file=sys.stderr)
     return 1 if done.status else 0
   if done.status == _TIMED_OUT:
@@ -118,7 +127,7 @@ def delete(args, rest: list[str]) -> int:
 
 def _parser() -> runs.Parser:
   parser = runs.Parser(prog="python -m launch.xpk", description=__doc__.split("\n")[0])
-  verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|run|logs|status|delete")
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|run|submit|logs|status|delete")
 
   def add(verb: str, f: Callable, more: str = "", retries: str | None = None):
     sub = verbs.add_parser(verb, help=f.__doc__, description=f"{f.__doc__} {more}".strip())
@@ -136,12 +145,15 @@ def _parser() -> runs.Parser:
   add_slices(sub)
   sub.add_argument("--spot", action="store_true", help="cheaper, and may be preempted at any time")
   sub.add_argument("--reservation", help="capacity that was reserved")
-  sub = add("run", run, "The experiment's arguments come after --.", "the cluster restarts it")
-  add_slices(sub)
-  sub.add_argument("--name", required=True, help="the workload's name")
-  sub.add_argument("--workdir", required=True, metavar="DIR", help="gs://... or a path that all workers share")
-  sub.add_argument("--image", default="python:3.12", help="base image, with Python 3.11 or 3.12 (%(default)s)")
-  sub.add_argument("--env", action="append", default=[], metavar="NAME", help="variable that containers have; no value")
+  for verb, f in (("run", run), ("submit", submit)):
+    sub = add(verb, f, "The experiment's arguments come after --.", "the cluster restarts it")
+    add_slices(sub)
+    sub.add_argument("--name", required=True, help="the workload's name")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="gs://... or a path that all workers share")
+    sub.add_argument("--image", default="python:3.12", help="base image, with Python 3.11 or 3.12 (%(default)s)")
+    sub.add_argument(
+      "--env", action="append", default=[], metavar="NAME", help="variable that containers have; no value"
+    )
   sub = add("logs", logs)
   sub.add_argument("--name", required=True, help="the workload's name")
   sub.add_argument("--follow", action="store_true", help="go on until Ctrl-C")

@@ -103,6 +103,12 @@ def abstract_state(exp: Experiment) -> TrainState:
   return jax.tree_util.tree_map_with_path(place, state)
 
 
+def fresh_state(exp: Experiment, abstract: TrainState, seed: int) -> TrainState:
+  """`init_state` for real, where `abstract` says."""
+  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+  return jax.block_until_ready(init(jax.random.key(seed)))
+
+
 def abstract_batch(exp: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """A batch as it stands on the current mesh; nothing is read or allocated."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -264,8 +270,7 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
-  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
-  state = jax.block_until_ready(init(jax.random.key(cfg.seed)))
+  state = fresh_state(exp, abstract, cfg.seed)
   if init_from is not None:
     state = dataclasses.replace(state, model=None)  # not two models at a time
     state = dataclasses.replace(state, model=init_from(abstract.model))

@@ -362,6 +362,19 @@ def test_one_of_two_is_killed_and_a_restart_ends_the_same(whole, tmp_path, victi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_hangs_is_left_behind(tmp_path, victim):
+  workdir = tmp_path / "run"
+  with Launch(2, 1, tmp_path, f"--workdir={workdir}", *LONG) as launch:
+    wait_for(launch, lambda: logged(workdir) >= 20)
+    launch.processes[victim].send_signal(signal.SIGSTOP)
+    assert launch.processes[1 - victim].wait(timeout=ENDS) == run.EXIT_PEERS
+    assert launch.last(1 - victim).startswith(f"error: process {victim} of 2 is gone; ")
+    launch.processes[victim].send_signal(signal.SIGCONT)
+    assert launch.processes[victim].wait(timeout=ENDS) != 0
+
+
+@pytest.mark.slow
 def test_one_of_four_is_killed_and_two_go_on(tmp_path):
   kill_one(4, 2, tmp_path / "run")
   go(2, 2, tmp_path / "run", *LONG)
@@ -396,6 +409,23 @@ def test_a_mistake_of_one_ends_all_with_its_status_and_its_words(tmp_path):
     assert launch.end() == [2, 2], launch.told()
     assert launch.last(1) == "process 1 of 2: error: tx.lrr=1: no such field; did you mean tx.lr?"
     assert launch.last(0) == launch.last(1)
+
+
+@pytest.mark.slow
+def test_a_defect_of_one_ends_all_with_its_traceback(tmp_path):
+  broken = DRIVER.replace("taken.append", "1 / jax.process_index() - 1; taken.append")  # process 0 divides by zero
+  rows = lambda i: {"ROWS": str(tmp_path / "rows")}
+  with Launch(2, 1, tmp_path, f"--workdir={tmp_path / 'run'}", environment=rows, driver=broken) as launch:
+    assert launch.end(within=60 + HEARTBEAT) == [1, 1], launch.told()
+    assert launch.last(0) == "error: ZeroDivisionError: division by zero"
+    assert "Traceback" in launch.told(0)
+    assert "Traceback" not in launch.told(1)
+
+
+@pytest.mark.slow
+def test_process_0_draws_a_report_out_of_checkpoints_while_the_others_wait(tmp_path):
+  go(2, 1, tmp_path / "run", "--config.report=learned")
+  assert (tmp_path / "run" / "report" / "coefficients.png").exists()
 
 
 @pytest.mark.slow

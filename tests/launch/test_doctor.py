@@ -122,6 +122,18 @@ def test_devices_are_counted_or_why_there_are_none(tmp_path):
   assert "found none in 0.01 s" in found.what
 
 
+def test_a_gpu_that_another_process_uses_is_told(tmp_path, monkeypatch):
+  smi = tmp_path / "nvidia-smi"
+  smi.write_text("#!/bin/sh\nprintf '0, 4, 81559\\n1, 70000, 81559\\n'\n")
+  smi.chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  _, memory = doctor.devices(environ={**os.environ, "JAX_PLATFORMS": "cpu"})
+  assert memory.what == "GPU 1 (70000 MiB used) not free"
+  assert "nvidia-smi" in memory.fix
+  smi.write_text("#!/bin/sh\necho 0, 4, 81559\n")
+  assert doctor.devices(environ={**os.environ, "JAX_PLATFORMS": "cpu"})[1] == ("device memory", "free on 1", "")
+
+
 def report(host: str, jax: str = "0.10.2", late: float = 0.0, devices: str = "4 TPU v5 lite (tpu)") -> dict:
   found = [("devices", devices, ""), ("port 8482", "open", "")]
   return {"host": host, "time": time.time() + late, "versions": {"jax": jax, "numpy": "2.3"}, "found": found}

@@ -34,7 +34,7 @@ def test_a_kernel_is_scheduled_as_its_baseline_says():
   ours = {r["kernel"]: r for r in rows if r["program"] == "ours"}
   assert {name.split("_")[2] for name in ours} == {"fwd", "dq", "dkv"}
   # the compiler is deterministic: not 3 % but to the cycle
-  assert [r["change"] for r in rows] == [1.0] * 6
+  assert [r["change"] for r in rows] == [pytest.approx(1, abs=1e-4)] * 6  # baselines are rounded
   for r in rows:
     assert 0 < r["slots"]["MXU"] <= 1
     assert 0 < r["hbm_floor_fraction"] < 1.2

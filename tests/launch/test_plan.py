@@ -112,6 +112,17 @@ def test_a_plan_that_does_not_fit_tells_the_largest_buffers_and_the_change_that_
   assert told.index("accumulate=2") < told.index("accumulate=4")
 
 
+def test_the_page_of_pods_is_its_record_and_has_every_config():
+  entries = json.loads((plan.ROOT / "docs/pods.json").read_text())
+  written = (plan.ROOT / "docs/pods.md").read_text()
+  rows = plan.page(entries).split("\n\n")[-1]
+  assert written.endswith(rows)
+  assert {e["config"] for e in entries} == {spec for spec, _ in plan.specs()}
+  assert {e["topology"] for e in entries} == set(plan.MATRIX)
+  for entry in entries:
+    assert "refused" in entry or entry["fits"] == (entry["memory"]["needed"] <= entry["memory"]["limit"])
+
+
 @with_libtpu
 def test_a_training_step_on_four_chips_is_what_it_must_be():
   [found] = planned("--topology=v5e:2x2")

@@ -94,7 +94,7 @@ def test_a_job_that_is_interrupted_is_requeued_and_goes_on_and_no_secret_is_writ
 
 
 @pytest.mark.parametrize(
-  ("status", "state", "requeued"), [(75, "RUNNING", 3), (75, "COMPLETING", 0), (3, "RUNNING", 0)]
+  ("status", "state", "requeued"), [(75, "RUNNING", 3), (69, "RUNNING", 3), (75, "COMPLETING", 0), (3, "RUNNING", 0)]
 )
 def test_only_a_running_job_that_may_go_on_is_requeued_and_not_for_ever(tools, tmp_path, status, state, requeued):
   tools.scenario([["srun"], 0, {"status": status}], [["squeue"], 0, {"say": state}])

@@ -17,7 +17,8 @@ from research import run as runs
 CONFIG = "--config=experiments/kvshift/configs/induction.py:tiny"
 SMALL = ("--config.only=plain-1", "--config.seeds=0", "--config.steps=4", "--config.eval_every=0")
 
-SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN", "UNKNOWN"), "canary-canary-canary")
+CANARY = "-".join(["canary"] * 3)
+SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN", "UNKNOWN"), CANARY)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_runs_here_one_after_another_and_tells_how_each_ended_and_writes_no_secr
   assert "needs 3 devices and there are 1" in done.stderr
   files = [f for f in tmp_path.rglob("*") if f.is_file()]
   assert {"manifest.json", "metrics.jsonl", "results.json", "data.json"} <= {f.name for f in files}
-  assert [f for f in files if b"canary" in f.read_bytes()] == []
-  assert "canary" not in done.stdout + done.stderr
+  assert [f for f in files if CANARY.encode() in f.read_bytes()] == []
+  assert CANARY not in done.stdout + done.stderr
 
 
 def test_submits_through_a_launcher(tools, tmp_path):
@@ -98,6 +99,27 @@ def test_submits_through_a_launcher(tools, tmp_path):
   script = (tmp_path / "tx.lr=1e-3" / "job.sh").read_text()
   assert "--config.tx.lr=1e-3" in script
   assert "#SBATCH --gpus-per-node=2\n" in script
+
+
+def test_every_workload_of_gke_has_a_name_of_its_own_and_keeps_it(tools):
+  there = ("--workdir=gs://bucket/My sweep", "--on=xpk", "--", "--cluster=pod", "--topology=v6e:4x4")
+  for values in ("1e-3,1e-2", "1e-2,1e-4"):
+    done = tools.here("launch.sweep", CONFIG, "--grid", f"tx.lr={values}", *there)
+    assert done.returncode == 0, done.stderr
+  names = [next(a for a in call if a.startswith("--workload=")) for call in tools.calls("xpk workload create")]
+  assert [name[: len("--workload=sweep-my-sweep-")] for name in names] == ["--workload=sweep-my-sweep-"] * 4
+  assert names[1] == names[2]
+  assert len(set(names)) == 3
+  assert tools.calls("--wait-for-job-completion") == []
+
+
+def test_runs_on_a_pod_one_after_another(tools):
+  tools.scenario([["worker.sh", " -- "], 0, {"say": "reprise: w0 ended with 0"}], node="READY")
+  there = ("--workdir=/shared/sweep", "--on=tpu_vm", "--", "--name=pod", "--zone=us-west4-a")
+  done = tools.here("launch.sweep", CONFIG, "--grid", "tx.lr=1e-3,1e-2", *there)
+  assert done.returncode == 0, done.stderr
+  assert [row[:3] for row in rows(done.stdout)] == [["tx.lr=1e-3", "0", "done"], ["tx.lr=1e-2", "0", "done"]]
+  assert len(tools.calls(" -- ", "--workdir=/shared/sweep/tx.lr=1e-2")) == 1
 
 
 @pytest.mark.slow

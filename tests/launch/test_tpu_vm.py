@@ -23,7 +23,7 @@ CANARY = "-".join(["canary"] * 3)  # the tests themselves are copied to the work
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    ([], ["create|run|logs|status|delete", "required"]),
+    ([], ["create|run|logs|status|stop|delete", "required"]),
     (["crate", *POD], ["crate", "invalid choice"]),
     (["status", *POD, "--whence=now"], ["--whence=now"]),
     (["status", "--name=pod"], ["--zone"]),
@@ -76,7 +76,7 @@ def test_the_value_of_a_secret_variable_is_refused_wherever_it_stands(tools):
 
 
 def test_every_command_explains_itself(tools):
-  for verb in ("create", "run", "logs", "status", "delete"):
+  for verb in ("create", "run", "logs", "status", "stop", "delete"):
     done = tools.here("launch.tpu_vm", verb, "--help")
     assert done.returncode == 0
     assert "--dry-run" in done.stdout
@@ -146,7 +146,7 @@ def test_dry_run_prints_the_exact_commands_and_runs_none(tools):
   assert run[5:9] == ["HF_TOKEN", "--", "-m", "experiments.kvshift"]
   assert f"--workdir={workdir}" in run
   assert CANARY not in done.stdout + done.stderr
-  for verb in ("create", "logs", "status", "delete"):
+  for verb in ("create", "logs", "status", "stop", "delete"):
     more = ["--topology=v5e:4x4"] if verb == "create" else []
     assert "gcloud compute tpus" in tools.here("launch.tpu_vm", verb, *POD, *more, "--dry-run").stdout
   assert tools.calls() == []
@@ -196,8 +196,16 @@ def test_any_other_status_of_the_run_is_final(tools, status, told):
   assert len(tools.calls(" -- ")) == 1
 
 
-def test_a_run_that_is_always_interrupted_is_given_up_after_its_retries(tools):
-  again = {"say": "reprise: w0 ended with 75", "status": 75}
+def test_a_run_that_was_stopped_by_hand_is_not_started_again(tools):
+  tools.scenario([["worker.sh", " -- "], 0, {"say": "reprise: w0 ended with 130", "status": 130}], node="READY")
+  done = tools.here("launch.tpu_vm", "run", *POD, "--workdir=/shared/x", *QUICK, *JOB)
+  assert done.returncode == runs.EXIT_INTERRUPTED
+  assert len(tools.calls(" -- ")) == 1
+
+
+@pytest.mark.parametrize("status", [69, 75])
+def test_a_run_that_is_always_interrupted_is_given_up_after_its_retries(tools, status):
+  again = {"say": f"reprise: w0 ended with {status}\nreprise: w1 ended with 1", "status": 1}
   tools.scenario([["worker.sh", " -- "], 0, again], node="READY")
   done = tools.here("launch.tpu_vm", "run", *POD, "--workdir=/shared/x", *QUICK, *JOB)
   assert done.returncode == runs.EXIT_INTERRUPTED

@@ -52,7 +52,7 @@ def test_a_run_is_submitted_waited_for_and_restarted_by_the_cluster(tools):
   create, wait = tools.calls("xpk")
   assert create[:3] == ["xpk", "workload", "create"]
   options = {"--workload=run-1", "--tpu-type=tpu7x-16", "--num-slices=1", "--base-docker-image=python:3.12"}
-  restarts = {"--max-restarts=2", "--restart-on-exit-codes=75", "--termination-grace-period-seconds=120", "--quiet"}
+  restarts = {"--max-restarts=2", "--restart-on-exit-codes=69,75", "--termination-grace-period-seconds=120", "--quiet"}
   assert {*CLUSTER, *options, *restarts} < set(create)
   code = next(a for a in create if a.startswith("--script-dir=")).removeprefix("--script-dir=")
   head = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
