@@ -17,6 +17,7 @@ is rounded to 8 bits, of three (24 bits) beside float32 ones.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -75,9 +76,8 @@ _attention.defvjp(_forward, _backward)
 def _sweep(name, a, b, c, decay, runs, state, interpret, reverse=False):
   """(f(a, b, c) in c's dtype, the state [batch, heads, d_a, d_c] after the last chunk taken) from `state` before it."""
   (batch, length, heads, d_a), d_c = a.shape, c.shape[-1]
-  chunk, columns, warps = _blocks(d_a, d_c, a.dtype)
-  width = _power_of_two(d_a)
-  padded = length + -length % chunk
+  chunk, columns, warps, stages = _blocks(d_a, d_c, a.dtype)
+  padded, width = length + -length % chunk, sum(_pieces(d_a))
   # blocks reach beyond the arrays; the kernel masks what it loads and stores there
   whole = pl.BlockSpec((None, padded, None, width), lambda j, h, b: (b, 0, h, 0))
   part = pl.BlockSpec((None, padded, None, columns), lambda j, h, b: (b, 0, h, j))
@@ -96,7 +96,7 @@ def _sweep(name, a, b, c, decay, runs, state, interpret, reverse=False):
       states,
     ],
     out_specs=(part, states),
-    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
     interpret=interpret,
     name=name,
   )
@@ -107,11 +107,12 @@ def _kernel(
   a_ref, b_ref, c_ref, rate_ref, runs_ref, state_ref, out_ref, final_ref, *, chunk, length, d_a, d_c, reverse
 ):
   """One head's columns of c, from chunk to chunk. Beyond length, d_a and d_c nothing is read or written."""
-  width, columns = state_ref.shape
-  at = jnp.arange(chunk)
-  in_a = (jnp.arange(width) < d_a)[None, :]
+  columns = state_ref.shape[1]
+  at = jnp.arange(chunk, dtype=jnp.int32)
+  ends = itertools.accumulate(_pieces(d_a))
+  pieces = [pl.ds(end - size, size) for end, size in zip(ends, _pieces(d_a), strict=True)]
+  in_a = [piece.start + jnp.arange(piece.size) < d_a for piece in pieces]
   in_c = (pl.program_id(0) * columns + jnp.arange(columns) < d_c)[None, :]
-  in_state = in_a.T & in_c
   rate = rate_ref[0]
   # masked before the exponential, so that no exponent is positive
   power = lambda n, where: jnp.exp(jnp.where(where, rate * n.astype(jnp.float32), -jnp.inf))
@@ -119,37 +120,47 @@ def _kernel(
   within = power(distance, distance >= 0)
   chunks = pl.cdiv(length, chunk)
 
-  def step(i, state):
+  def step(i, states):
     start = (chunks - 1 - i if reverse else i) * chunk
-    rows = pl.ds(start, chunk)
+    tokens = pl.ds(start, chunk)
     count = jnp.minimum(length - start, chunk)
     real = at < count
-    load = lambda ref, where: triton.load(ref.at[rows, :], mask=real[:, None] & where, other=0)
-    a, b, c = load(a_ref, in_a), load(b_ref, in_a), load(c_ref, in_c)
-    runs = triton.load(runs_ref.at[rows], mask=real, other=0)
+    load = lambda ref, piece, there: triton.load(ref.at[tokens, piece], mask=real[:, None] & there, other=0)
+    runs = triton.load(runs_ref.at[tokens], mask=real, other=0)
     before = runs_ref[jnp.maximum(start - 1, 0)]
     after = runs_ref[start + count - 1]
     enter = power(at + 1, runs == before)  # from the chunk's left border to each token
     leave = power(count - 1 - at, real & (runs == after))  # from each token to the right border
     meet, add = (leave, enter) if reverse else (enter, leave)
-    scores = _dot(a, b.T, a.dtype) * jnp.where(runs[:, None] == runs[None, :], within, 0)
-    out = meet[:, None] * _dot(a, state, a.dtype) + _dot(scores, c, a.dtype)
-    triton.store(out_ref.at[rows, :], out.astype(out_ref.dtype), mask=real[:, None] & in_c)
+    scores, out, bs = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk, columns), jnp.float32), []
+    for piece, there, state in zip(pieces, in_a, states, strict=True):
+      a, b = load(a_ref, piece, there[None, :]), load(b_ref, piece, there[None, :])
+      scores = _add_product(scores, a, b.T, a.dtype)
+      out = _add_product(out, a, state, a.dtype)
+      bs.append(b)
+    c = load(c_ref, slice(None), in_c)
+    scores *= jnp.where(runs[:, None] == runs[None, :], within, 0)
+    out = _add_product(meet[:, None] * out, scores, c, c.dtype)
+    triton.store(out_ref.at[tokens, :], out.astype(out_ref.dtype), mask=real[:, None] & in_c)
     goes_on = jnp.where(before == after, jnp.exp(rate * count.astype(jnp.float32)), 0)
-    return goes_on * state + _dot(b.T, add[:, None] * c.astype(jnp.float32), a.dtype)
+    added = add[:, None] * c.astype(jnp.float32)
+    return tuple(_add_product(goes_on * state, b.T, added, c.dtype) for b, state in zip(bs, states, strict=True))
 
-  state = triton.load(state_ref.at[:, :], mask=in_state, other=0)
-  triton.store(final_ref.at[:, :], jax.lax.fori_loop(0, chunks, step, state), mask=in_state)
+  parts = [(piece, there[:, None] & in_c) for piece, there in zip(pieces, in_a, strict=True)]
+  states = tuple(triton.load(state_ref.at[piece, :], mask=mask, other=0) for piece, mask in parts)
+  states = jax.lax.fori_loop(0, chunks, step, states)
+  for (piece, mask), state in zip(parts, states, strict=True):
+    triton.store(final_ref.at[piece, :], state, mask=mask)
 
 
-def _dot(x, y, dtype):
-  """x @ y in float32 to the precision that operands of `dtype` ask for."""
+def _add_product(total, x, y, dtype):
+  """total + x @ y in float32, to the precision that operands of `dtype` ask for."""
   xs, ys = _terms(x, dtype), _terms(y, dtype)
   most = max(len(xs), len(ys))
   products = [(i, j) for i in range(len(xs)) for j in range(len(ys)) if i + j < most]
-  # the smallest first
-  products.sort(key=sum, reverse=True)
-  return functools.reduce(jnp.add, (jnp.dot(xs[i], ys[j], preferred_element_type=jnp.float32) for i, j in products))
+  for i, j in sorted(products, key=sum, reverse=True):  # the smallest first
+    total += jnp.dot(xs[i], ys[j], preferred_element_type=jnp.float32)  # one after another: Triton adds in place
+  return total
 
 
 def _terms(x, dtype) -> list[jax.Array]:
@@ -166,12 +177,20 @@ def _terms(x, dtype) -> list[jax.Array]:
   return [*terms, x.astype(jnp.bfloat16)]
 
 
-def _blocks(d_a: int, d_c: int, dtype) -> tuple[int, int, int]:
-  """Tokens in a chunk, columns of a program and its warps: registers without spills, see the table in the tests."""
-  columns = min(64, _power_of_two(d_c))
-  return 64, columns, 4
+def _blocks(d_a: int, d_c: int, dtype) -> tuple[int, int, int, int]:
+  """Tokens in a chunk, columns of a program, its warps, and chunks in flight: what ptxas needs to spill no register."""
+  if dtype == jnp.float32:
+    return 16, min(32, _power_of_two(d_c)), 4 if d_a <= 128 else 8, 1
+  if d_a > 128:
+    return 32, min(64, _power_of_two(d_c)), 8, 2
+  return 64, min(32, _power_of_two(d_c)), 4, 2
+
+
+def _pieces(d: int) -> list[int]:
+  """Powers of two that cover d: Triton has no other sizes, and with no more than 64 at a time less is live at once."""
+  return [min(64, _power_of_two(d))] * pl.cdiv(d, 64)
 
 
 def _power_of_two(d: int) -> int:
-  """As Triton wants its blocks, and at least 16, as its products do."""
+  """At least 16, as products have to be."""
   return max(16, 2 ** math.ceil(math.log2(d)))
