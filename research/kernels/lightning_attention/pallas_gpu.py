@@ -182,7 +182,7 @@ def _blocks(d_a: int, d_c: int, dtype) -> tuple[int, int, int, int]:
   #   d_k = d_v       64          96         128         256
   #   bfloat16    194, 184    215, 223    217, 208    252, 255
   #   float32     173, 172    255, 252    255, 255    255, 255
-  # Of 128 x 128 in bfloat16, 64 columns spill 512 bytes with 4 warps and 128 with 8; in float32, 32 tokens spill 504.
+  # Of 128 x 128 in bfloat16, 64 columns spill 424 bytes with 4 warps and 128 with 8; in float32, 32 tokens spill 424.
   if dtype == jnp.float32:
     return 16, min(32, _power_of_two(d_c)), 4 if d_a <= 128 else 8, 1
   if d_a > 128:
