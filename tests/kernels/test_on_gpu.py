@@ -9,8 +9,9 @@ import pytest
 
 from research.kernels.attention.api import attention
 from research.kernels.cross_entropy.api import cross_entropy
+from research.kernels.lightning_attention.api import lightning_attention
 from research.mesh import MeshConfig, make_mesh
-from tests.kernels import test_attention, test_cross_entropy
+from tests.kernels import test_attention, test_cross_entropy, test_lightning_attention
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -64,3 +65,55 @@ def test_cross_entropy_is_that_of_float64():
   with jax.default_matmul_precision("highest"):
     got = jax.jit(jax.value_and_grad(cross_entropy, argnums=(0, 1)))(*args)
   assert max(test_cross_entropy.relative_errors(got, test_cross_entropy.truth(*args))) < 5e-6
+
+
+def lightning(q, k, v, decay, ids, state):
+  return lightning_attention(q, k, v, decay, segment_ids=ids, initial_state=state, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(
+  ("shape", "segments"),
+  [
+    ((2, 512, 6, 64, 64), True),
+    ((2, 333, 6, 96, 96), True),
+    ((1, 1000, 6, 128, 128), False),
+    ((1, 300, 6, 256, 128), True),
+    ((1, 300, 6, 64, 256), True),
+    ((1, 300, 6, 20, 50), True),
+    ((2, 1, 6, 128, 128), True),
+  ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lightning_attention_is_that_of_float64_and_the_same_each_time(shape, segments, dtype):
+  (q, k, v, *rest), (dout, dstate) = test_lightning_attention.operands(*shape, segments=segments)
+  q, k, v, dout = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k, v, dout))
+  args = (q, k, v, *rest), (dout, dstate)
+  f = jax.jit(functools.partial(test_lightning_attention.value_and_grads, lightning))
+  got = f(*args)
+  for first, second in zip(got, f(*args), strict=True):
+    np.testing.assert_array_equal(first, second)
+  rms = lambda x: np.sqrt(np.mean(np.square(x)))
+  for g, w in zip(got, test_lightning_attention.truth(*args), strict=True):
+    error = rms(np.asarray(g, np.float64) - w)
+    best = rms(np.asarray(jnp.asarray(w, g.dtype), np.float64) - w)
+    if g.dtype == jnp.bfloat16:
+      assert error < 1.1 * best
+    else:  # a state; of bfloat16 operands it is summed up of numbers of 16 bits
+      assert error < (1e-5 if dtype == jnp.bfloat16 else 2e-6) * rms(w)
+
+
+def test_lightning_attention_reads_nothing_beside_its_rows_and_heads():
+  (q, k, v, decay, ids, state), _ = test_lightning_attention.operands(2, 333, 2, 96, 80)
+  want = lightning(q, k, v, decay, ids, state)[0][0, :, 0]
+  for x in (q, k, v):
+    x[1], x[0, :, 1] = np.nan, np.nan
+  np.testing.assert_array_equal(lightning(q, k, v, decay, ids, state)[0][0, :, 0], want)
+
+
+def test_lightning_attention_takes_the_kernel_by_itself_and_on_a_mesh():
+  (q, k, v, decay, ids, state), _ = test_lightning_attention.operands(2, 128, 4, 64, 64)
+  want = lightning(q, k, v, decay, ids, state)[0]
+  call = jax.jit(lambda q, k, v, ids, state: lightning_attention(q, k, v, decay, segment_ids=ids, initial_state=state))
+  np.testing.assert_array_equal(call(q, k, v, ids, state)[0], want)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    np.testing.assert_array_equal(call(*map(jnp.asarray, (q, k, v, ids, state)))[0], want)

@@ -44,10 +44,60 @@ with ptx.dumped():
 """
 
 
-def test_registers_and_spills_of_a_triton_kernel_are_read():
-  done = subprocess.run([sys.executable, "-c", TRITON], env=os.environ, capture_output=True, text=True, timeout=300)
+LIGHTNING = """
+import json, sys
+from launch import ptx, topology
+topology.environment()
+import jax
+from jax import numpy as jnp
+from research.kernels.lightning_attention import pallas_gpu
+
+d_k, d_v, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def step(q, k, v, decay, ids, state, cotangents):
+  value, vjp = jax.vjp(lambda q, k, v, state: pallas_gpu.attention(q, k, v, decay, ids, state), q, k, v, state)
+  return value, vjp(cotangents)
+
+with ptx.dumped():
+  [device] = topology.devices(topology.parse("h100:1"))
+  on = jax.sharding.SingleDeviceSharding(device)
+  put = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=on)
+  q, v, state = put(4, 1000, 8, d_k), put(4, 1000, 8, d_v), put(4, 8, d_k, d_v, dtype=jnp.float32)
+  args = q, q, v, put(8, dtype=jnp.float32), put(4, 1000, dtype=jnp.int32), state, (v, state)
+  jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+  print(json.dumps(ptx.registers(["lightning_" + name for name in ("forward", "dq", "dk", "dv")])))
+"""
+
+
+def compiles(program, *args):
+  command = [sys.executable, "-c", program, *map(str, args)]
+  done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
-  kernels, registers, uncounted = json.loads(done.stdout)
+  return json.loads(done.stdout)
+
+
+def spills_nothing(*args):
+  kernels = compiles(LIGHTNING, *args)
+  assert len(kernels) == 4
+  for registers, spilled in kernels.values():
+    assert registers <= 255
+    assert spilled == 0
+
+
+@pytest.mark.parametrize(("d_k", "d_v", "dtype"), [(128, 128, "bfloat16"), (64, 64, "float32")])
+def test_lightning_attention_spills_no_register(d_k, d_v, dtype):
+  spills_nothing(d_k, d_v, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("d_k", "d_v"), [(16, 16), (64, 64), (96, 96), (128, 128), (256, 128), (64, 256), (256, 256)])
+def test_lightning_attention_of_any_head_dim_spills_no_register(d_k, d_v, dtype):
+  spills_nothing(d_k, d_v, dtype)
+
+
+def test_registers_and_spills_of_a_triton_kernel_are_read():
+  kernels, registers, uncounted = compiles(TRITON)
   assert kernels == {"a_product": 1}
   used, spilled = registers["a_product"]
   assert 32 < used <= 255
