@@ -53,6 +53,12 @@ def meaning(status: int) -> str:
 # The phrases are those of gcloud, GKE and Slurm as quoted in their documentation and trackers.
 _KINDS = (
   (
+    "no network",  # gcloud tells it as a failed sign-in too
+    r"Max retries exceeded|NameResolution|[Nn]ame resolution|Network is unreachable|Could not resolve host",
+    "see whether this machine is online",
+    True,
+  ),
+  (
     "not signed in",
     r"gcloud auth login|active account selected|UNAUTHENTICATED|Reauthentication|default credentials|invalid_grant",
     "run: gcloud auth login && gcloud auth application-default login",

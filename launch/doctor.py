@@ -29,12 +29,10 @@ import time
 from typing import NamedTuple
 import uuid
 
-from etils import epath
-
 from launch import command, job, tpu_vm
-from research import manifest
+from research import manifest, paths
 from research import run as runs
-from research.errors import check
+from research.errors import UserError, check
 
 LOCK = pathlib.Path("/tmp/libtpu_lockfile")
 PORTS = (8476, 8482)  # libtpu's between processes, and jax's coordinator on a TPU VM
@@ -221,7 +219,10 @@ def writable(workdir: str) -> Finding:
   """Whether a small file can be written to a bucket or directory, read back, and deleted."""
   name = f".doctor-{uuid.uuid4().hex}"
   try:
-    place = epath.Path(workdir)
+    place = paths.parse(workdir)  # tells a bucket that is not there from one that refuses
+  except UserError as e:
+    return Finding("workdir", f"{workdir}: not to be had", e.fix)
+  try:
     place.mkdir(parents=True, exist_ok=True)
     (place / name).write_text(name)
     same = (place / name).read_text() == name
@@ -229,9 +230,7 @@ def writable(workdir: str) -> Finding:
   except Exception as e:  # every kind of file system has its own
     said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     fix = "make room, or give this user the right to write: chown, chmod"
-    if isinstance(e, ImportError):
-      fix = "pip install -e '.[gcs]'"
-    elif "://" in workdir:
+    if "://" in workdir:
       bucket = "/".join(workdir.split("/")[:3])
       fix = "gcloud storage buckets add-iam-policy-binding "
       fix += f"{bucket} --role=roles/storage.objectAdmin --member=serviceAccount:THE_WORKERS_OWN"

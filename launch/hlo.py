@@ -7,7 +7,6 @@ that a fusion that reads one slice of a stack of layers is charged for the slice
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -205,7 +204,8 @@ def count(
         visit(instruction.attribute("to_apply") or instruction.attribute("calls"), times)
       elif instruction.opcode == "conditional":
         branches = re.findall(r"%([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", instruction.attributes)[1])
-        for branch in branches:  # all of them: what it does at most
+        counts.uncounted.append(f"conditional {instruction.name}: which branch it takes; all are counted")
+        for branch in branches:
           visit(branch, times)
       else:
         charge(computations[name], instruction, times, channels)
@@ -536,13 +536,3 @@ def _iota(text: str) -> np.ndarray:
   if order:
     ids = ids.transpose(json.loads(order.replace("(", "[").replace(")", "]")))
   return ids.reshape(json.loads(to))
-
-
-def total(collectives: list[Collective], key: Callable[[Collective], object]) -> dict[object, tuple[float, float]]:
-  """{key: (times, bytes sent)} of collectives with the same key."""
-  ordered = sorted(collectives, key=key)
-  return {
-    k: (sum(c.times for c in group), sum(c.sent for c in group))
-    for k, items in itertools.groupby(ordered, key=key)
-    for group in [list(items)]
-  }

@@ -74,6 +74,13 @@ def main() -> int:
           rows = [row(op, case, generation, program, kernel, before) for program, kernel in kernels]
           found += rows
           slower += [r for r in rows if r["change"] is not None and r["change"] > TOLERANCE]
+          told = {(program, kernel.name) for program, kernel in kernels}
+          kept = {(program, name) for program, names in before.items() for name in names}
+          for program, name in sorted(kept ^ told if before else ()):
+            print(
+              f"{op} {case} {generation}: {program} {name} is in the baseline or the program, not in both",
+              file=sys.stderr,
+            )
           known.setdefault(generation, {})[case] = baseline(kernels)
           if not args.json:
             told = [cells(r) for r in rows]
@@ -220,8 +227,8 @@ HEADER = [
   "store",
   "fill, spill",
   "MiB VMEM",
+  "to baseline",
 ]
-HEADER.append("to baseline")
 
 
 def cells(r: dict[str, Any]) -> list[str]:

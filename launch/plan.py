@@ -50,9 +50,11 @@ class Memory:
   activations: float  # what the forward pass keeps for the backward pass
   temporaries: float  # the rest: gradients, gathered weights, buffers
 
+  compiled: bool  # whether the compiler took it
+
   @property
   def fits(self) -> bool:
-    return self.needed <= self.limit
+    return self.compiled and self.needed <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ def main() -> None:
   ways = [name for name in ("topology", "find", "all") if getattr(args, name)]
   check(len(ways) == 1, "command line", " ".join(ways) or "(empty)", "give one of --topology, --find and --all")
   check(args.all or args.config, "config", "''", "name a config file: --config=FILE.py:ARG")
-  check(not (args.all and (args.config or overrides)), "config", args.config, "--all takes every config as it is")
+  given = args.config or " ".join(overrides)
+  check(not (args.all and given), "config", given, "--all takes every config as it is")
   topology.environment()
   if args.all:
     plan_all(args.what)
@@ -145,8 +148,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     else:
       lowered, cache = lower_decode(exp, cfg, state)
       kept = []
-      # forward only
-      tokens, model_flops = cfg.batch, sum(exp.flops_per_token.values()) / 3 * cfg.batch
+      tokens, model_flops = cfg.batch, 0.0  # utilisation says nothing of a step that waits for memory
       inputs = {"parameters": state.model, "optimizer": (), "batch": cache}
     compiled, needed = compile_for(lowered)
   seconds = time.perf_counter() - start
@@ -156,11 +158,11 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     stats = compiled.memory_analysis()
     needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
-  else:
-    needed += sum(parts[name] for name in inputs)
   # what is kept may be fused away or made again
   parts["activations"] = min(parts["activations"], needed - sum(parts[name] for name in inputs))
-  memory = Memory(pod.usable, needed, temporaries=max(needed - sum(parts.values()), 0.0), **parts)
+  memory = Memory(
+    pod.usable, needed, temporaries=max(needed - sum(parts.values()), 0.0), compiled=compiled is not None, **parts
+  )
   leaves = jax.tree_util.tree_leaves_with_path
   # optax numbers the parts of its chains
   name = lambda part, path: f"{part} {re.sub(r'^([0-9]+[.])+', '', path_name(path))}"
@@ -180,7 +182,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     fixes=[],
     compile_seconds=seconds,
   )
-  if compiled is None or not memory.fits:
+  if not memory.fits:
     return dataclasses.replace(whole, fixes=suggest(whole, cfg, pod) if fixes and what == "train" else [])
   chip = pod.chip
   counts = hlo.count(
@@ -191,7 +193,12 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     kernel_flops=splash.flops,
   )
   registers = ptx.registers(list(counts.kernels)) if pod.generation in topology.GPUS else {}
-  links = sum(c.sent / topology.axis_bandwidth(mesh, pod, c.axes) for c in counts.collectives if c.axes)
+  # axes may use links of their own at the same time: the busiest bounds the step
+  busy: dict[tuple[str, ...], float] = {}
+  for c in counts.collectives:
+    if c.axes:
+      busy[c.axes] = busy.get(c.axes, 0.0) + c.sent / topology.axis_bandwidth(mesh, pod, c.axes)
+  links = max(busy.values(), default=0.0)
   return dataclasses.replace(
     whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links), registers=registers
   )
@@ -214,16 +221,17 @@ def on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def compile_for(lowered) -> tuple[Any, float]:
-  """(the compiled program, 0), or (None, bytes of temporaries that a device would need). Raises UserError."""
+  """(the compiled program, 0), or (None, bytes of HBM that a device would need). Raises UserError."""
   try:
     return lowered.compile(), 0.0
   except jax.errors.JaxRuntimeError as e:
     told = " ".join(str(e).split())
-    if "RESOURCE_EXHAUSTED" not in told:
+    # other memories run out too: a kernel's VMEM is no question of the pod's size
+    needed = re.search(r"(?:HBM|hbm).*?\(?([\d.]+)([KMGT])\)? (?:exceeds|of)", told)
+    if "RESOURCE_EXHAUSTED" not in told or not needed:
       raise UserError("compile", told[:300], "the compiler refuses this program") from e
-    sizes = re.findall(r"([\d.]+)([KMGT])\b", told)
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return None, max(float(n) * unit[u] for n, u in sizes)
+    # libtpu says "temporaries", and counts arguments and results among them
+    return None, float(needed[1]) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[needed[2]]
 
 
 def lower_decode(exp: Experiment, cfg: config.RunConfig, state: TrainState):
@@ -375,7 +383,8 @@ def describe(p: Plan) -> str:
       rows = [(o, "fits" if ok else "no", f"{need / GIB:.2f}") for o, ok, need in p.fixes]
       lines += ["", table(["change, cheapest first", "", "GiB a device"], rows)]
     if not any(ok for _, ok, _ in p.fixes):
-      lines += ["", f"no change of ours makes it fit; ask for a larger slice: --find={p.topology.split(':')[0]}"]
+      tried = "no change that was tried makes it fit" if p.what == "train" else "use a smaller batch or length"
+      lines += ["", f"{tried}; or ask for a larger slice: --find={p.topology.split(':')[0]}"]
     return "\n".join(lines) + "\n"
   c = p.counts
   rows = [
@@ -386,9 +395,9 @@ def describe(p: Plan) -> str:
     ("FLOPs a device", f"{c.flops:.4g}"),
     ("HBM bytes a device", f"{c.bytes:.4g}"),
     ("computing and HBM, by instruction", f"{1e3 * c.compute_seconds:.2f} ms"),
-    ("links", f"{1e3 * p.link_seconds:.2f} ms"),
+    ("links, along the busiest axes", f"{1e3 * p.link_seconds:.2f} ms"),
     ("step, no less than", f"{1e3 * p.step_seconds:.2f} ms"),
-    ("model FLOPs utilisation, at most", f"{100 * p.mfu:.1f} %"),
+    *([("model FLOPs utilisation, at most", f"{100 * p.mfu:.1f} %")] if p.model_flops else []),
     ("tokens a second, at most", f"{p.tokens / p.step_seconds:,.0f}"),
   ]
   pod = topology.parse(p.topology)

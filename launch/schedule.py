@@ -44,12 +44,6 @@ class _Loop:
   trips: int | None
 
 
-def kernels(folder: pathlib.Path) -> list[str]:
-  """The names of the programs dumped in `folder`, oldest first."""
-  names = [re.match(r"\d+-(.+)-\d+-final_bundles\.txt$", p.name) for p in sorted(folder.iterdir())]
-  return [match[1] for match in names if match]
-
-
 def read(folder: pathlib.Path, name: str) -> Schedule:
   """The schedule of the program `name` dumped in `folder`. Raises Unreadable."""
   files = {}

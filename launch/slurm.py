@@ -27,13 +27,14 @@ _SCRIPT = """\
 #!/bin/bash
 {directives}
 cd {code} || exit 1
-# Of a GPU's memory jax takes 75 % by itself; launch.plan counts on this.
+# Without it jax takes 75 % of a GPU's memory; launch.plan counts on 92 %.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-# One task that fails ends the others after a minute: long enough for all to save.
-srun --wait=60 --export=ALL {run}
+# One task that fails ends the others after 3 minutes: by then they have noticed, and saved if they could.
+srun --wait=180 --export=ALL {run}
 status=$?
 # A job that was cancelled, or that Slurm requeues itself, is no longer running.
-if [ $status -eq 75 -o $status -eq 69 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ] &&
+# From 128 on: a task was killed, as by a node that went away; srun tells the highest status of all.
+if [ $status -eq 75 -o $status -eq 69 -o $status -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ] &&
     [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -145,9 +146,6 @@ def _script(args, label: str, here: pathlib.Path, code: pathlib.Path, run: list[
     "signal": "TERM@120",
   }
   directives = [f"#SBATCH --{name}={value}" for name, value in options.items() if value] + ["#SBATCH --requeue"]
-  if args.tasks == "node":
-    # On Slurm jax takes one GPU per process, unless told which.
-    directives += ["", f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}"]
   return _SCRIPT.format(
     directives="\n".join(directives), code=shlex.quote(str(code)), run=shlex.join(run), retries=args.retries
   )

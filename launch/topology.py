@@ -154,10 +154,10 @@ def axis_bandwidth(mesh: jax.sharding.Mesh, topology: Topology, axes: tuple[str,
   """
   chip = topology.chip
   if topology.chip.torus == 0:
-    gpus = topology.dims[-1]
-    ids = _group(mesh, axes)
-    within = len({d.id // gpus for d in ids}) == 1
-    return chip.links * chip.link if within else 50e9  # a 400 Gbit/s port for each GPU
+    nodes = [d.id // topology.dims[-1] for d in _group(mesh, axes)]
+    inside = chip.links * chip.link
+    # each GPU has a port of 400 Gbit/s, and the members in one node use all of theirs
+    return inside if len(set(nodes)) == 1 else min(inside, nodes.count(nodes[0]) * 50e9)
   coordinates = np.array([d.coords for d in _group(mesh, axes)])
   spans = [len(set(column)) for column in coordinates.T.tolist()]
   directions = 0
@@ -165,7 +165,7 @@ def axis_bandwidth(mesh: jax.sharding.Mesh, topology: Topology, axes: tuple[str,
     ring = span == size and (size == 16 if chip.torus == 2 else size % 4 == 0)
     directions += 0 if span == 1 else 2 if ring else 1
   # members of one chip only: they meet in its memory
-  return max(directions, 0) * chip.link / topology.devices_per_chip if directions else chip.bandwidth
+  return directions * chip.link / topology.devices_per_chip if directions else chip.bandwidth
 
 
 def _group(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> list:

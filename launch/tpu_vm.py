@@ -150,7 +150,8 @@ def status(args, rest: list[str]) -> int:
 
 def stop(args, rest: list[str]) -> int:
   """Has the run on all workers save and end; the pod stays."""
-  remote = f"cd reprise/* && bash launch/worker.sh stop {args.name}"
+  # of several commits any will do: the script finds the run by its name
+  remote = f'cd "$(ls -dt reprise/*/ | head -n 1)" && bash launch/worker.sh stop {args.name}'
   command.call(ssh(args, remote), dry=args.dry_run, timeout=args.timeout)
   return 0
 

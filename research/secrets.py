@@ -15,9 +15,9 @@ def refuse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> None
   """Raises UserError, which does not show the value, if an argument holds a credential.
 
   That is a user, password or token in a URL, or the value of an environment variable
-  whose name says that it is secret (a path to a file of credentials may be named).
+  whose name says that it is secret (the path of a file of credentials may be named).
   """
-  values = {v for k, v in environ.items() if _NAMES.search(k) and len(v) >= _SHORTEST and not v.startswith("/")}
+  values = {v for k, v in environ.items() if _NAMES.search(k) and len(v) >= _SHORTEST and not os.path.exists(v)}
   for argument in argv:
     name = argument.partition("=")[0] if argument.startswith("-") and "=" in argument else "argument"
     if any(value in name for value in values) or _IN_URL.search(name):

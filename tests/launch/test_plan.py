@@ -89,7 +89,7 @@ def test_every_standard_slice_is_well_formed_and_larger_than_the_last():
 
 def test_a_plan_that_does_not_fit_tells_the_largest_buffers_and_the_change_that_helps():
   memory = plan.Memory(
-    limit=16e9, needed=30e9, parameters=1e9, optimizer=2e9, batch=0, activations=25e9, temporaries=2e9
+    limit=16e9, needed=30e9, parameters=1e9, optimizer=2e9, batch=0, activations=25e9, temporaries=2e9, compiled=False
   )
   found = plan.Plan(
     "c.py",

@@ -65,7 +65,7 @@ def test_one_process_a_node_is_told_its_gpus(tools, tmp_path):
     "launch.slurm", "submit", f"--workdir={tmp_path}", "--tasks=node", "--gpus-per-node=4", "--dry-run", *JOB
   )
   assert "#SBATCH --ntasks-per-node=1\n" in done.stdout
-  assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in done.stdout
+  assert "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92\n" in done.stdout
 
 
 @pytest.mark.slow
