@@ -19,7 +19,8 @@ from research import config, run, writers
 from research.errors import UserError
 from research.mesh import MeshConfig
 from research.models import convert
-from research.models.transformer import Transformer, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer
 from research.nn import rope
 from research.nn.rope import RopeScaling
 from research.tools import logits
