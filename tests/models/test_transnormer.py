@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from research import mesh as meshes
 from research.errors import UserError
@@ -58,6 +56,24 @@ def loss_and_grads(model, batch):
   return jax.block_until_ready(jax.jit(jax.value_and_grad(objective))(model, to_devices(batch)))
 
 
+logits = jax.jit(lambda model, *x: model.logits(*x))
+
+
+def in_parts(model, x, lengths):
+  """Logits of rows given as a prefill and appended chunks of these lengths, and the rest token by token."""
+  n = x[0].shape[1]
+  lengths = [*lengths, *[1] * (n - sum(lengths))]
+  prefill = jax.jit(lambda model, *x: model.prefill(*x, n))
+  extend = jax.jit(lambda model, cache, *x: model.extend(*x, cache))
+  hidden, cache = prefill(model, *part(x, 0, lengths[0]))
+  out, at = [hidden], lengths[0]
+  for length in lengths[1:]:
+    hidden, cache = extend(model, cache, *part(x, at, at + length))
+    out.append(hidden)
+    at += length
+  return model.unembed(jnp.concatenate(out, axis=1))
+
+
 # Parity with the released code
 
 
@@ -66,19 +82,19 @@ def test_every_layer_computes_what_the_released_code_computes(name):
   with small.use():
     model, expected = golden(name)
     tokens, segments, positions = rows(expected["input_ids"])
-    x, layer = model._embed(tokens, positions), 0
+    x, layer, run = model._embed(tokens, positions), 0, jax.jit(lambda block, *x: block(*x))
     np.testing.assert_allclose(x, expected["hidden_0"], atol=1e-5)
     for blocks, decays in model._stacks():
       for block, decay in zip(unstack(blocks), decays, strict=True):
         np.testing.assert_allclose(-np.log(decay), expected["slopes_per_layer"][layer], rtol=1e-4, atol=1e-7)
-        x, state = block(x, segments, positions, jnp.asarray(decay))
+        x, state = run(block, x, segments, positions, decay)
         wanted = expected[f"infer_path/state_layer{layer}"]
         np.testing.assert_allclose(state, wanted, atol=1e-5 * np.abs(wanted).max())
         layer += 1
         if f"hidden_{layer + 1}" in expected:  # the last is after the final norm
           np.testing.assert_allclose(x, expected[f"hidden_{layer}"], atol=1e-4)
     np.testing.assert_allclose(model.norm(x), expected[f"hidden_{layer}"], atol=2e-5)
-    np.testing.assert_allclose(model.logits(tokens, segments, positions), expected["logits"], atol=5e-5)
+    np.testing.assert_allclose(logits(model, tokens, segments, positions), expected["logits"], atol=5e-5)
 
 
 @RELEASED
@@ -118,7 +134,7 @@ def test_padding_is_a_document_of_its_own(name):
     model, expected = golden(name)
     tokens, _, positions = rows(expected["input_ids"])
     real = expected["padded/attention_mask"]
-    out = model.logits(tokens, real.astype(np.int32), positions)  # phases know distances only
+    out = np.asarray(logits(model, tokens, real.astype(np.int32), positions))  # phases know distances only
   assert 0 < real.mean() < 1
   np.testing.assert_allclose(out[real > 0], expected["padded/infer_path_logits"][real > 0], atol=5e-5)
 
@@ -126,30 +142,18 @@ def test_padding_is_a_document_of_its_own(name):
 def test_several_chunks_are_as_the_released_codes_blocks():
   with small.use():
     model, expected = golden("scaled")
-    out = model.logits(*rows(expected["long/input_ids"]))[:, expected["long/positions"]]
+    out = logits(model, *rows(expected["long/input_ids"]))[:, expected["long/positions"]]
   np.testing.assert_allclose(out, expected["long/infer_path_logits"], atol=5e-5)
 
 
-@pytest.mark.parametrize("lrpe", [True, False])
-def test_the_cache_gives_the_full_forward_where_the_released_training_path_does_not(lrpe, tmp_path):
-  name = "lrpe_first" if lrpe else "no_lrpe"
-  source = GOLDENS / "divergence"
-  if not lrpe:
-    config = json.loads((source / "config.json").read_text()) | {"linear_use_lrpe_list": [0, 0, 0]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = load_file(source / "weights.safetensors")
-    save_file({k: x for k, x in tensors.items() if "theta" not in k}, tmp_path / "model.safetensors")
-    source = tmp_path
-  expected = {k.split("/")[1]: x for k, x in np.load(GOLDENS / "divergence/expected.npz").items() if k.startswith(name)}
-  n = int(expected["prefill_len"])
+def test_the_cache_gives_the_full_forward_where_the_released_training_path_does_not():
   with small.use():
-    _, model = convert.load(source, precision="float32")
-    x = rows(expected["input_ids"])
-    np.testing.assert_allclose(model.logits(*x), expected["full_logits"], atol=5e-5)
+    model, expected = golden("divergence")
+    n, x = int(expected["prefill_len"]), rows(expected["input_ids"])
+    np.testing.assert_allclose(logits(model, *x), expected["full_logits"], atol=5e-5)
     cached = in_parts(model, x, [n])
   np.testing.assert_allclose(cached, expected["full_logits"], atol=5e-5)
-  theirs = np.abs(expected["train_path_cached_decode_logits"] - cached)[:, n:].max()
-  assert (theirs > 1) == lrpe
+  assert np.abs(expected["train_path_cached_decode_logits"] - cached)[:, n:].max() > 1
 
 
 def test_rates_of_decay_are_the_published_ones():
@@ -189,20 +193,6 @@ def test_phases_and_the_norm_are_the_released_codes():
 # Decoding
 
 
-def in_parts(model, x, lengths):
-  """Logits of rows given as a prefill and appended chunks of these lengths, and the rest token by token."""
-  n = x[0].shape[1]
-  lengths = [*lengths, *[1] * (n - sum(lengths))]
-  extend = jax.jit(lambda model, cache, *x: model.extend(*x, cache))
-  hidden, cache = model.prefill(*part(x, 0, lengths[0]), n)
-  out, at = [hidden], lengths[0]
-  for length in lengths[1:]:
-    hidden, cache = extend(model, cache, *part(x, at, at + length))
-    out.append(hidden)
-    at += length
-  return model.unembed(jnp.concatenate(out, axis=1))
-
-
 @pytest.mark.parametrize(
   "change",
   [{}, {"position": "lrpe_all", "decay": "paper"}, {"position": "ape", "layer_loop": "unroll", "gate": False}],
@@ -213,7 +203,7 @@ def test_decoding_in_chunks_is_the_full_forward(change):
   x = [batch[name] for name in ("tokens", "segment_ids", "positions")]
   with small.use():
     model = TransNormer(jax.random.key(0), varied(layers=3, **change))
-    whole = jax.jit(lambda *x: model.logits(*x))(*x)
+    whole = logits(model, *x)
     np.testing.assert_allclose(in_parts(model, x, [7, 1, 12, 5, 5]), whole, atol=1e-5)
 
 
@@ -232,7 +222,7 @@ def test_ten_thousand_steps_end_where_the_full_forward_does(decay):
   x = rows(np.random.default_rng(0).integers(64, size=(1, length)))
   with small.use():
     model = TransNormer(jax.random.key(0), varied(decay=decay, layers=3))
-    whole = jax.jit(lambda *x: model.logits(*x))(*x)
+    whole = logits(model, *x)
 
     @jax.jit
     def steps(*x):
@@ -286,8 +276,8 @@ def test_nothing_leaks_from_one_document_into_another():
       gradient = np.asarray(leak(model, document))
       assert (gradient[others] == 0).all()
       assert (gradient[own] != 0).any(axis=1).all()
-    alone = model(*(a[:, cut:] for a in x))
-    np.testing.assert_allclose(model(*x)[:, cut:], alone, atol=2e-6)
+    alone = logits(model, *(a[:, cut:] for a in x))
+    np.testing.assert_allclose(logits(model, *x)[:, cut:], alone, atol=5e-6)
 
 
 # Several devices
@@ -366,10 +356,9 @@ def test_published_sizes_have_their_parameters(layers, heads, width, glu_width, 
   count = sum(x.size for x in jax.tree.leaves(model))
   # The published counts have phases for every second channel of every layer, the released weights for all of the first.
   assert abs(count - width + layers * width // 2 - published) == off
-  matrices = count - width - model.embed[...].size
   flops = flops_per_token(cfg)
   state = flops.pop("attention state")
-  assert sum(flops.values()) == 6 * (matrices + 50272 * width)
+  assert sum(flops.values()) == 6 * (count - width)  # tied: the table is the head
   assert state == 3 * 4 * (layers + 1) * width * width // heads
 
 
@@ -399,8 +388,8 @@ def test_parameters_stay_float32_and_the_state_too_where_products_are_bfloat16()
     model = TransNormer(jax.random.key(0), varied(precision="bfloat16"))
     x = rows(np.zeros((2, 5)))
     hidden, cache = jax.eval_shape(lambda: model.prefill(*x, 5))
-    exact = TransNormer(jax.random.key(0), MODEL)(*x)
-    np.testing.assert_allclose(model(*x).astype(jnp.float32), exact, atol=0.1)
+    exact = logits(TransNormer(jax.random.key(0), MODEL), *x)
+    np.testing.assert_allclose(logits(model, *x), exact, atol=0.1)
   assert hidden.dtype == jnp.bfloat16
   assert {x.dtype for x in cache.states} == {np.dtype("float32")}
   assert {x.dtype for x in small.leaves(model)} == {np.dtype("float32")}
