@@ -230,7 +230,7 @@ def writable(workdir: str) -> Finding:
     said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     fix = "make room, or give this user the right to write: chown, chmod"
     if isinstance(e, ImportError):
-      fix = "pip install gcsfs"
+      fix = "pip install -e '.[gcs]'"
     elif "://" in workdir:
       bucket = "/".join(workdir.split("/")[:3])
       fix = "gcloud storage buckets add-iam-policy-binding "

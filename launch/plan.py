@@ -162,7 +162,9 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
   parts["activations"] = min(parts["activations"], needed - sum(parts[name] for name in inputs))
   memory = Memory(pod.usable, needed, temporaries=max(needed - sum(parts.values()), 0.0), **parts)
   leaves = jax.tree_util.tree_leaves_with_path
-  named = [(f"{part} {path_name(path)}", shard_bytes(x)) for part, tree in inputs.items() for path, x in leaves(tree)]
+  # optax numbers the parts of its chains
+  name = lambda part, path: f"{part} {re.sub(r'^([0-9]+[.])+', '', path_name(path))}"
+  named = [(name(part, path), shard_bytes(x)) for part, tree in inputs.items() for path, x in leaves(tree)]
   whole = Plan(
     config=spec,
     arm=arm,
@@ -179,7 +181,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     compile_seconds=seconds,
   )
   if compiled is None or not memory.fits:
-    return dataclasses.replace(whole, fixes=suggest(spec, arm, cfg, pod) if fixes and what == "train" else [])
+    return dataclasses.replace(whole, fixes=suggest(whole, cfg, pod) if fixes and what == "train" else [])
   chip = pod.chip
   counts = hlo.count(
     compiled.as_text(),
@@ -199,7 +201,8 @@ def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
   """Raises UserError where the rows of a step do not cover the devices, or the mesh does not divide them."""
   sizes = topology.axis_sizes(cfg.mesh, pod.devices)
   shards = math.prod(sizes[axis] for axis in BATCH)
-  fix = f"{pod.name} cuts it into mesh.replica x mesh.data x accumulate = {shards * cfg.accumulate} parts"
+  parts = shards * cfg.accumulate
+  fix = f"does not divide by mesh.replica x mesh.data x accumulate = {parts} on {pod.name}"
   fix += "; use a multiple, a larger mesh.model or a smaller slice"
   check(cfg.batch % (shards * cfg.accumulate) == 0, "batch", cfg.batch, fix)
 
@@ -286,12 +289,13 @@ def shard_bytes(x: Any) -> float:
   return float(math.prod(shape) * x.dtype.itemsize)
 
 
-def suggest(spec: str, arm: str, cfg: config.RunConfig, pod: Topology) -> list[tuple[str, bool, float]]:
+def suggest(whole: Plan, cfg: config.RunConfig, pod: Topology) -> list[tuple[str, bool, float]]:
   """Changes that save memory, cheapest first, each compiled, up to the first that fits.
 
   Single changes in the order of what they cost a step: sharing the parameters among
   replicas, smaller micro-batches, recomputation, tensor parallelism; bfloat16 moments
-  stand after them because they change the numbers. Then all that helped together.
+  stand after them because they change the numbers. Then all of them together. What
+  could not help by arithmetic is not tried.
   """
   fields = config.flat(cfg)
   sizes = topology.axis_sizes(cfg.mesh, pod.devices)
@@ -301,7 +305,10 @@ def suggest(spec: str, arm: str, cfg: config.RunConfig, pod: Topology) -> list[t
     candidates.append(["mesh.partition=fsdp"])
   if sizes["replica"] > 1:
     candidates.append(["mesh.replica=1", "mesh.data=-1"])
-  candidates += [[f"accumulate={n}"] for n in _doublings(2 * cfg.accumulate, rows) if rows % n == 0]
+  m = whole.memory
+  enough = lambda n: m.parameters + m.optimizer + m.activations * cfg.accumulate / n < m.limit
+  micro = [n for n in _doublings(2 * cfg.accumulate, rows) if rows % n == 0]
+  candidates += [[f"accumulate={n}"] for n in micro if enough(n)]
   stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
   candidates += [[f"model.remat={kind}"] for kind in stronger[fields.get("model.remat", "full")]]
   if cfg.mesh.partition == "fsdp_tp":
@@ -315,7 +322,7 @@ def suggest(spec: str, arm: str, cfg: config.RunConfig, pod: Topology) -> list[t
   for overrides in candidates:
     try:
       single = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
-      found = plan(spec, arm, single, pod, fixes=False)
+      found = plan(whole.config, whole.arm, single, pod, fixes=False)
     except UserError:
       continue  # a size that does not divide
     tried.append((" ".join(f"--config.{o}" for o in overrides), found.memory.fits, found.memory.needed))
@@ -448,7 +455,7 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
   name = entry["config"].split("experiments/")[-1].replace("/configs/", " ")
   head = (name, entry["arm"], entry["topology"])
   if "refused" in entry:
-    return (*head, entry["refused"], "", "", "", "")
+    return (*head, entry["refused"].split(f" on {entry['topology']};")[0], "", "", "", "")
   memory = entry["memory"]
   size = f"{memory['needed'] / GIB:.2f} of {memory['limit'] / GIB:.1f}"
   if not entry["fits"]:

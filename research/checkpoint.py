@@ -9,8 +9,9 @@ The only file that imports orbax. On disk, one directory a step:
     <directory>/<step>.damaged              set aside by `Checkpoints.restore(..., quarantine=True)`
 
 orbax renames the temporary directory when both parts are written, so a step that
-has its plain name is complete. It notices neither flipped bits nor a changed
-dtype: the record is there for that.
+has its plain name is complete. In a bucket no directory can be renamed: a step is
+written under its plain name, and complete once it has a `commit_success.txt`. orbax
+notices neither flipped bits nor a changed dtype: the record is there for that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,9 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from research import paths
 from research.errors import UserError, check
 
 TEMPORARY = ".orbax-checkpoint-tmp"
+COMMITTED = "commit_success.txt"  # in a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class _Damaged(Exception):
 
 
 class Checkpoints:
-  """The checkpoints under `directory` (a local or shared path), one writer at a time.
+  """The checkpoints under `directory` (a local or shared path, or in a bucket), one writer at a time.
 
   In a run of several processes every method but `steps` is called by all of them; one alone
   may `restore` to its own devices.
@@ -74,7 +77,9 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike, keep_last: int = 2, keep_every: int = 0):
     check(keep_last >= 1, "keep_last", keep_last, "keep at least one checkpoint")
     check(keep_every >= 0, "keep_every", keep_every, "use a number of steps, or 0 for none")
-    self.directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+    directory = paths.parse(directory, "directory")
+    self.bucket = paths.in_bucket(directory)
+    self.directory = epath.Path(directory if self.bucket else os.path.abspath(directory))
     self.keep_last, self.keep_every = keep_last, keep_every
     self.reports: list[str] = []
     self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
@@ -87,6 +92,10 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The finished steps, ascending. A step may still turn out to be damaged."""
+    return [step for step in self._begun() if not self.bucket or (self.directory / str(step) / COMMITTED).exists()]
+
+  def _begun(self) -> list[int]:
+    """The steps that have their plain name, ascending: where that comes last, the finished ones."""
     if not self.directory.exists():
       return []
     names = (path.name for path in self.directory.iterdir())
@@ -117,6 +126,9 @@ class Checkpoints:
       "record": {"content": content, "sha256": _digest(content)},
     }
     with self._failing_as(step), _orbax_context():
+      if self.bucket:
+        self._remove_leftovers()  # one may be in the way, under the plain name
+        multihost_utils.sync_global_devices("checkpoint leftovers")
       self._pending = step, ocp.save_checkpointables_async(self.directory / str(step), parts)
 
   def wait(self) -> None:
@@ -169,6 +181,8 @@ class Checkpoints:
         try:
           arrays, content = self._read(candidate, expected, partial)
         except _Damaged as error:
+          if self.bucket:
+            paths.parse(os.fspath(self.directory), "checkpoint")  # raises where only the way there is out of order
           damaged.append((candidate, str(error)))
           arrays = None
         if arrays is None:
@@ -231,7 +245,7 @@ class Checkpoints:
       for step in steps:
         names = (f"{step}.damaged" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
         name = next(name for name in names if not (self.directory / name).exists())
-        (self.directory / str(step)).rename(self.directory / name)
+        paths.move(self.directory / str(step), self.directory / name)
     multihost_utils.sync_global_devices("checkpoint set aside")
 
   def _remove_old(self, saved: int) -> None:
@@ -241,10 +255,21 @@ class Checkpoints:
       steps = [step for step in self.steps() if step <= saved]
       for step in steps[: -self.keep_last]:
         if not (self.keep_every and step % self.keep_every == 0):
-          (self.directory / str(step)).rmtree()
-      for leftover in self.directory.glob(f"*{TEMPORARY}"):
-        leftover.rmtree()
+          self._remove(self.directory / str(step))
+      self._remove_leftovers()
     multihost_utils.sync_global_devices("checkpoint retention")
+
+  def _remove_leftovers(self) -> None:
+    """Removes what killed saves left."""
+    if jax.process_index() == 0:
+      unfinished = sorted(set(self._begun()) - set(self.steps())) if self.bucket else []
+      for leftover in (*self.directory.glob(f"*{TEMPORARY}"), *(self.directory / str(step) for step in unfinished)):
+        self._remove(leftover)
+
+  def _remove(self, path: epath.Path) -> None:
+    if self.bucket:
+      (path / COMMITTED).unlink(missing_ok=True)  # first: a step of which some is left must not look complete
+    path.rmtree()
 
   @contextlib.contextmanager
   def _failing_as(self, step: int) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from research import config
+from research import config, paths
 from research.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "tokenizers")
@@ -31,7 +31,7 @@ _MAY_CHANGE += (
 
 
 def open_workdir(
-  workdir: pathlib.Path, cfg: config.RunConfig, spec: str, overrides: list[str], info: dict[str, Any], trains: bool
+  workdir: paths.Path, cfg: config.RunConfig, spec: str, overrides: list[str], info: dict[str, Any], trains: bool
 ) -> None:
   """Creates or continues `workdir` and writes its manifest. Raises UserError if it holds another run.
 
@@ -57,9 +57,7 @@ def open_workdir(
   if jax.process_index() != 0 or (launches and not trains):
     return
   launches.append(_launch(spec, overrides))
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps({**now, "launches": launches}, indent=1) + "\n")
-  temporary.replace(path)
+  paths.write(path, json.dumps({**now, "launches": launches}, indent=1) + "\n")
 
 
 def _differences(before: dict, now: dict, defaults: dict) -> list[str]:

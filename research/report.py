@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import json
-import pathlib
+import math
 import shlex
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from research import writers
+from research import paths, writers
 from research.errors import check
 
 # Okabe and Ito's palette: told apart by everyone, and in grey.
@@ -19,7 +19,7 @@ MARKERS = "osD^vP"
 
 
 def curves(
-  workdir: pathlib.Path, metric: str, kind: str = "eval", needed: bool = True
+  workdir: paths.Path, metric: str, kind: str = "eval", needed: bool = True
 ) -> dict[str, dict[int, list[tuple[int, float]]]]:
   """{arm: {seed: [(step, value), ...]}} of a metric in `metrics.jsonl`; non-finite values are nan.
 
@@ -92,13 +92,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join([line(cells[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells[1:])])
 
 
-def manifest(workdir: pathlib.Path) -> dict[str, Any]:
+def manifest(workdir: paths.Path) -> dict[str, Any]:
   """The workdir's manifest."""
   return json.loads((workdir / "manifest.json").read_text())
 
 
-def write_results(workdir: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
-  """Writes `report/results.json`: the results and where they come from. Returns its path."""
+def write_results(workdir: paths.Path, results: Mapping[str, Any]) -> paths.Path:
+  """Writes `report/results.json`: the results and where they come from. Returns its path.
+
+  A number that is not finite becomes null.
+  """
   about = manifest(workdir)
   launch = about["launches"][-1]
   settings = [f"--config.{override}" for override in launch["overrides"]]
@@ -116,5 +119,14 @@ def write_results(workdir: pathlib.Path, results: Mapping[str, Any]) -> pathlib.
     "results": results,
   }
   path = workdir / "report" / "results.json"
-  path.write_text(json.dumps(record, indent=1) + "\n")
+  path.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
   return path
+
+
+def _finite(x: Any) -> Any:
+  """The same with None for every number that is not finite: JSON has no NaN."""
+  if isinstance(x, Mapping):
+    return {key: _finite(value) for key, value in x.items()}
+  if isinstance(x, list | tuple):
+    return [_finite(value) for value in x]
+  return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, distributed, manifest, secrets
+from research import config, cpu, distributed, manifest, paths, secrets
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -69,7 +69,7 @@ def run(build, report) -> None:
   built_by = config.experiment_module(cfg.experiment).build
   check(built_by is build, "experiment", cfg.experiment, f"run it with python -m experiments.{cfg.experiment}")
   check(args.workdir != "", "workdir", "''", "name a directory, or leave --workdir out")
-  workdir = pathlib.Path(args.workdir or default_workdir(cfg.experiment, args.config))
+  workdir = paths.parse(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
   stop = StopSignal()
   singles = config.expand(cfg)
@@ -96,7 +96,7 @@ def run(build, report) -> None:
       report(workdir, cfg)
 
 
-def checkpoint_dir(workdir: pathlib.Path, arm: str, cfg: config.RunConfig) -> pathlib.Path:
+def checkpoint_dir(workdir: paths.Path, arm: str, cfg: config.RunConfig) -> paths.Path:
   """Where a single run keeps its steps."""
   return workdir / "checkpoints" / f"{arm}-{cfg.seed}"
 
@@ -189,10 +189,11 @@ def start_points(cfg: config.RunConfig, arm: str, mesh: jax.sharding.Mesh, exp: 
         weights.check_model(jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0))))
       found[field] = weights.fill
     elif path:
-      run_dir = pathlib.Path(path, "checkpoints", f"{arm}-{cfg.seed}")
-      found[field] = Checkpoints(run_dir if run_dir.is_dir() else pathlib.Path(path))
+      directory = paths.parse(path, field)
+      run_dir = checkpoint_dir(directory, arm, cfg)
+      found[field] = Checkpoints(run_dir if run_dir.is_dir() else directory)
       fix = f"no checkpoint there; give a workdir with checkpoints/{arm}-{cfg.seed}/, or a directory of steps"
-      check(pathlib.Path(path).is_dir() and bool(found[field].steps()), field, path, fix)
+      check(directory.is_dir() and bool(found[field].steps()), field, path, fix)
       if field == "init_from":
         found[field] = functools.partial(_parameters, found[field])
   return found
@@ -237,13 +238,24 @@ class StopSignal:
 
 
 class lock:
-  """Makes `workdir` and holds it for this run alone, all of its processes. Raises UserError if it cannot be had."""
+  """Makes `workdir` and holds it for this run alone, all of its processes. Raises UserError if it cannot be had.
 
-  def __init__(self, workdir: pathlib.Path):
-    self.workdir = workdir
+  Nothing locks a bucket: there it only finds out whether it can be written.
+  """
+
+  def __init__(self, workdir: paths.Path):
+    self.workdir, self.file = workdir, None
 
   def __enter__(self):
     first = jax.process_index() == 0
+    if paths.in_bucket(self.workdir):
+      self._write_to_bucket(first)
+    else:
+      self._hold(first)
+    if distributed.several():
+      self._check_shared(first)
+
+  def _hold(self, first: bool) -> None:
     try:
       self.workdir.mkdir(parents=True, exist_ok=True)
       self.file = (self.workdir / ".lock").open("w") if first else None
@@ -253,11 +265,16 @@ class lock:
       raise UserError("workdir", self.workdir, "another run is writing there; use another --workdir") from None
     except OSError as e:
       raise UserError("workdir", self.workdir, f"cannot be written: {e.strerror}") from None
-    if distributed.several():
-      self._check_shared(first)
+
+  def _write_to_bucket(self, first: bool) -> None:
+    try:
+      if first:
+        (self.workdir / ".lock").write_text(os.urandom(8).hex())
+    except Exception as e:  # google's libraries, gcsfs and aiohttp have their own
+      raise paths.bad(self.workdir, "workdir", e) from None
 
   def _check_shared(self, first: bool) -> None:
-    if first:
+    if self.file is not None:
       self.file.write(os.urandom(8).hex())
       self.file.flush()
       os.fsync(self.file.fileno())

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 import json
-import pathlib
+import os
 from typing import Any
 
 import jax
 
-from research import config
+from research import config, paths
 from research import mesh as meshes
 from research.checkpoint import Checkpoints
 from research.errors import UserError, check
 
 
-def read_config(workdir: str | pathlib.Path) -> config.RunConfig:
+def read_config(workdir: str | os.PathLike) -> config.RunConfig:
   """The config that a workdir's manifest records. Raises UserError."""
-  path = pathlib.Path(workdir, "manifest.json")
+  path = paths.parse(workdir) / "manifest.json"
   try:
     recorded = json.loads(path.read_bytes())["config"]
     tree: dict[str, Any] = {}
@@ -33,15 +33,16 @@ def read_config(workdir: str | pathlib.Path) -> config.RunConfig:
   return config.freeze(config.experiment_module(name).Config, tree)
 
 
-def find(workdir: str | pathlib.Path, run: str | None = None) -> tuple[str, config.RunConfig]:
+def find(workdir: str | os.PathLike, run: str | None = None) -> tuple[str, config.RunConfig]:
   """(name, config) of one of a workdir's runs, "ARM-SEED", with steps saved; None: the only one. Raises UserError."""
+  workdir = paths.parse(workdir)
   held = {f"{arm}-{cfg.seed}": cfg for arm, cfg in config.expand(read_config(workdir))}
-  for path in pathlib.Path(workdir, "checkpoints").glob("*"):  # seeds may have been added by a later command
+  for path in (workdir / "checkpoints").glob("*"):  # seeds may have been added by a later command
     arm, _, seed = path.name.rpartition("-")
     cfg = next((c for name, c in held.items() if name.rpartition("-")[0] == arm), None)
     if path.name not in held and cfg is not None and seed.isdecimal():
       held[path.name] = config.freeze(type(cfg), {**config.as_configdict(cfg), "seeds": (int(seed),)})
-  held = {name: cfg for name, cfg in held.items() if Checkpoints(_steps(workdir, name)).steps()}
+  held = {name: cfg for name, cfg in held.items() if Checkpoints(workdir / "checkpoints" / name).steps()}
   check(bool(held), "workdir", workdir, "holds no checkpoint yet")
   choices = ", ".join(held)
   if run is None:
@@ -51,12 +52,13 @@ def find(workdir: str | pathlib.Path, run: str | None = None) -> tuple[str, conf
   return run, held[run]
 
 
-def load(workdir: str | pathlib.Path, run: str | None = None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+def load(workdir: str | os.PathLike, run: str | None = None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
   """(config, model) of the newest step of a workdir's run ("ARM-SEED"; None: the only one).
 
   The model is placed on the current mesh. overrides: "path=value" items, of `mesh.`
   and of how the model is executed. Raises UserError.
   """
+  workdir = paths.parse(workdir)
   name, cfg = find(workdir, run)
   cfg = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
   exp = config.experiment_module(cfg.experiment).build(cfg)
@@ -64,7 +66,7 @@ def load(workdir: str | pathlib.Path, run: str | None = None, overrides: Sequenc
   mesh = jax.sharding.get_mesh()
   stand = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
   abstract = {"model": jax.tree.map(stand, abstract)}
-  restored = Checkpoints(_steps(workdir, name)).restore(abstract, partial=True)
+  restored = Checkpoints(workdir / "checkpoints" / name).restore(abstract, partial=True)
   return cfg, restored.state["model"]
 
 
@@ -77,7 +79,3 @@ def mesh(overrides: Sequence[str] = ()):
   except UserError as e:
     raise e.under("mesh") from None
   return jax.set_mesh(meshes.make_mesh(cfg, jax.devices() if chosen else jax.devices()[:1]))
-
-
-def _steps(workdir: str | pathlib.Path, name: str) -> pathlib.Path:
-  return pathlib.Path(workdir, "checkpoints", name)

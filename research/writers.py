@@ -1,16 +1,19 @@
 """Where a run's numbers go: JSON lines (the truth), TensorBoard beside them, a line or a bar for people."""
 
+import io
 import json
 import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from research import paths
 from research.errors import check
 
 
@@ -19,16 +22,18 @@ class Writer:
 
   All runs of a workdir share `metrics.jsonl`; every line has arm, seed, kind
   ("train" or "eval") and step, the number of updates made before it. Only process
-  0 writes.
+  0 writes. In a bucket, whose objects cannot be appended to, it all comes at `flush`.
   """
 
-  def __init__(self, workdir: pathlib.Path, arm: str, seed: int, steps: int):
+  def __init__(self, workdir: paths.Path, arm: str, seed: int, steps: int):
     self.path = workdir / "metrics.jsonl"
     self.board_dir = workdir / "tensorboard" / f"{arm}-{seed}"
     self.run = {"arm": arm, "seed": seed}
     self.steps = steps
+    self.bucket = paths.in_bucket(workdir)
     self.active = jax.process_index() == 0
     self.file = self.board = self.bar = None
+    self.local = None  # where TensorBoard files of a bucket are made
 
   def start(self, step: int) -> None:
     """Opens the files for a run that (re)starts at `step`; lines it will write again are dropped."""
@@ -36,11 +41,15 @@ class Writer:
     if not self.active:
       return
     kept = [r for r in read(self.path) if not (r.items() >= self.run.items() and r["step"] >= step)]
-    temporary = self.path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    temporary.replace(self.path)
-    self.file = self.path.open("a")
-    self.board = SummaryWriter(str(self.board_dir), purge_step=step)
+    text = "".join(json.dumps(r) + "\n" for r in kept)
+    paths.write(self.path, text)
+    if self.bucket:
+      self.file = io.StringIO(text)
+      self.file.seek(0, io.SEEK_END)
+      self.local = tempfile.TemporaryDirectory()
+    else:
+      self.file = self.path.open("a")
+    self.board = SummaryWriter(self.local.name if self.bucket else str(self.board_dir), purge_step=step)
     if sys.stderr.isatty():
       self.bar = tqdm(total=self.steps, initial=step, desc=self._name(), unit="step", dynamic_ncols=True)
 
@@ -61,17 +70,26 @@ class Writer:
     self._show(kind, step, metrics)
 
   def flush(self) -> None:
-    """Returns once everything written is on disk."""
-    if self.file is not None:
+    """Returns once everything written is on disk, or in the bucket."""
+    if self.file is None:
+      return
+    if self.bucket:
+      self.path.write_text(self.file.getvalue())
+    else:
       self.file.flush()
       os.fsync(self.file.fileno())
-      self.board.flush()
+    self.board.flush()
+    if self.bucket:
+      for events in pathlib.Path(self.local.name).iterdir():
+        (self.board_dir / events.name).write_bytes(events.read_bytes())
 
   def close(self) -> None:
     if self.file is not None:
       self.flush()
       self.file.close()
       self.board.close()
+    if self.local is not None:
+      self.local.cleanup()
     if self.bar is not None:
       self.bar.close()
 
@@ -100,7 +118,7 @@ class Writer:
     )
 
 
-def read(path: pathlib.Path) -> list[dict]:
+def read(path: paths.Path) -> list[dict]:
   """The records of a `metrics.jsonl`; a last line that a crash cut short is left out.
 
   Raises UserError for any other line that is not a record.

@@ -148,7 +148,7 @@ class Attention(nnx.Module):
     Between the cache's `begin` and `end`. `fresh` says that these tokens are the first, so
     that the kernels for whole rows can be used.
     """
-    q, k, v = (dispatch.place(z, HEADS) for z in self._project(x))
+    q, k, v = self._project(x)
     raw = cache.raw
     if self.mix is not None:
       before = cache.recent.shape[1]
@@ -180,7 +180,8 @@ class Attention(nnx.Module):
     y = jnp.einsum("btd,dkgh->btkgh", x, self.policy.weight(self.qkv[...]))
     # split, not indexing: its transpose is one concatenation instead of padded sums
     q, k, v = jnp.split(y, [self.group, self.group + 1], axis=3)
-    return tuple(z.reshape(batch, length, -1, z.shape[-1]) for z in (q, k, v))
+    # of one row, a reshape forgets where it stands
+    return tuple(dispatch.place(z.reshape(batch, length, -1, z.shape[-1]), HEADS) for z in (q, k, v))
 
   def _rotate(self, q, k, positions):
     if self.q_norm is not None:

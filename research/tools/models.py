@@ -7,7 +7,7 @@ import functools
 import pathlib
 from typing import Any
 
-from research import config, data, report, runs
+from research import config, data, paths, report, runs
 from research.data import TextConfig, Tokenizer
 from research.errors import UserError, check
 from research.models import convert
@@ -43,7 +43,7 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
     check(args.tokenizer is None, "tokenizer", args.tokenizer, "a workdir knows its own; leave it out")
     name, _ = runs.find(args.workdir, args.run)
     cfg, model = runs.load(args.workdir, name, overrides)
-    about = report.manifest(pathlib.Path(args.workdir))["data"].get(name.rpartition("-")[0], {}).get("tokenizer")
+    about = report.manifest(paths.parse(args.workdir))["data"].get(name.rpartition("-")[0], {}).get("tokenizer")
     tokenizer = functools.cache(lambda: _trained_with(args.workdir, name, cfg, about))
     # A packed document has the end of the one before it as its first input.
     return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, lambda: (tokenizer().eod,))

@@ -1,8 +1,7 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-import pathlib
-
 from experiments.kvshift.reports import accuracy, gaps, groups, learned, loss, sweep, theory
+from research import paths
 from research.config import RunConfig
 
 REPORTS = {
@@ -16,6 +15,6 @@ REPORTS = {
 }
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Writes report/ of a finished workdir, and prints the table and where the figure is."""
   REPORTS[cfg.report](workdir, cfg)

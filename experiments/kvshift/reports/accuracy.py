@@ -1,13 +1,12 @@
 """Accuracy on held-out rows of a synthetic task, against steps."""
 
-import pathlib
-
 from experiments.kvshift.reports.common import MEASURES, finish, label, measured
+from research import paths
 from research import report as parts
 from research.config import RunConfig
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Accuracy (of whole solutions, where the task has them) against steps, and when 99 % is first reached."""
   metric, accuracy = measured(workdir)
   arms, rows = {}, []

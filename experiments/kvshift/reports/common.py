@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 import dataclasses
-import pathlib
 
-from research import config
+from research import config, paths
 from research import report as parts
 from research.config import RunConfig
 
@@ -40,7 +39,7 @@ def singles(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
   yield from config.expand(dataclasses.replace(cfg, only=()))
 
 
-def measured(workdir: pathlib.Path) -> tuple[str, dict]:
+def measured(workdir: paths.Path) -> tuple[str, dict]:
   """(the name of what a workdir's task is judged by, its curves)."""
   for metric in MEASURES:
     curves = parts.curves(workdir, metric, needed=metric == "loss")
@@ -49,8 +48,9 @@ def measured(workdir: pathlib.Path) -> tuple[str, dict]:
   raise AssertionError("unreachable: every run has a loss")
 
 
-def finish(workdir: pathlib.Path, fig, name: str, table: str) -> None:
+def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
   """Writes the figure to report/`name` and prints the table and where everything is."""
   path = workdir / "report" / name
-  fig.savefig(path, dpi=150)
+  with path.open("wb") as file:
+    fig.savefig(file, dpi=150, format=path.suffix[1:])
   print(f"\n{table}\n\nfigure:  {path}\nresults: {workdir / 'report' / 'results.json'}")

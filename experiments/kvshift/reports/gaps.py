@@ -1,16 +1,15 @@
 """Many attentions side by side: what each ends with, seed by seed, as the difference to plain attention."""
 
-import pathlib
-
 import numpy as np
 
 from experiments.kvshift.reports.common import finish, label, singles
 from experiments.kvshift.reports.sweep import non_embedding
+from research import paths
 from research import report as parts
 from research.config import RunConfig
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """A table, and a dot for each seed; to plain attention or, without that arm, to the first."""
   curves = parts.curves(workdir, "loss")
   end = parts.final(curves)

@@ -1,17 +1,16 @@
 """Accuracy at the end by the group of a row: for multi-hop, the number of hops."""
 
-import pathlib
 import re
 
 import numpy as np
 
 from experiments.kvshift.reports.common import finish, label
+from research import paths, writers
 from research import report as parts
-from research import writers
 from research.config import RunConfig
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """One line an arm over accuracy_1, accuracy_2, ..."""
   seen = {name for r in writers.read(workdir / "metrics.jsonl") for name in r}
   groups = sorted(int(m[1]) for name in seen if (m := re.fullmatch(r"accuracy_(\d+)", name)))

@@ -1,13 +1,12 @@
 """What KV shifting learnt: its coefficients as in the paper's table 4, and by layer."""
 
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.kvshift.reports.common import finish
-from research import config, fit, runs
+from research import config, fit, paths, runs
 from research import report as parts
 from research.config import RunConfig
 
@@ -16,7 +15,7 @@ PAPER = (50, 17, 9, 52)
 CASES = ("a1 > a2, b1 > b2", "a1 ≤ a2, b1 > b2", "a1 > a2, b1 ≤ b2", "a1 ≤ a2, b1 ≤ b2")
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Counts of all heads of all seeds, before and after training, and both differences by layer."""
   kept = {(arm, single.seed): coefficients(workdir, arm, single) for arm, single in config.expand(cfg)}
   kept = {name: found for name, found in kept.items() if found is not None}
@@ -53,7 +52,7 @@ def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
   finish(workdir, fig, "coefficients.png", parts.table(header, rows))
 
 
-def coefficients(workdir: pathlib.Path, arm: str, cfg: RunConfig) -> Any:
+def coefficients(workdir: paths.Path, arm: str, cfg: RunConfig) -> Any:
   """(key, value) at the start and the same at the end, each [layers, kv_heads, (previous, current)]; None: no shift."""
   build = config.experiment_module(cfg.experiment).build
   with runs.mesh():

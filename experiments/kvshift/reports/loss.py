@@ -1,16 +1,16 @@
 """Validation loss of each arm, and what it differs from plain attention by."""
 
 import math
-import pathlib
 
 import numpy as np
 
 from experiments.kvshift.reports.common import finish, label
+from research import paths
 from research import report as parts
 from research.config import RunConfig
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Validation loss against steps, and the gap to plain attention seed by seed."""
   losses = parts.curves(workdir, "loss")
   data = parts.manifest(workdir)["data"]

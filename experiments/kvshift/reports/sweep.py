@@ -1,13 +1,12 @@
 """What each attention ends with, against the setting that a config sweeps."""
 
 import math
-import pathlib
 
 import jax
 import numpy as np
 
 from experiments.kvshift.reports.common import MEASURES, finish, label, measured, singles
-from research import config
+from research import config, paths
 from research import mesh as meshes
 from research import report as parts
 from research.config import RunConfig
@@ -15,7 +14,7 @@ from research.config import RunConfig
 _WORDS = {"params": "non-embedding parameters", "model.width": "width", "tx.lr": "learning rate"}
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Final accuracy or loss against `cfg.sweep`, by attention: arms are named <attention>-<anything>."""
   metric, curves = measured(workdir)
   end = parts.final(curves)

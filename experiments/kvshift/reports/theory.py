@@ -1,7 +1,5 @@
 """The theory beside a trained head: the loss of the coefficients alone, and heads made by hand."""
 
-import pathlib
-
 import jax
 import numpy as np
 
@@ -9,7 +7,7 @@ from experiments.kvshift import theory
 from experiments.kvshift.reports.common import finish, measured
 from experiments.kvshift.reports.learned import coefficients
 from experiments.kvshift.tasks.induction import InductionRows
-from research import config
+from research import config, paths
 from research import report as parts
 from research.config import RunConfig
 
@@ -18,7 +16,7 @@ WIDTHS = (4, 8, 16, 32, 64)
 SIGMA = 0.05
 
 
-def report(workdir: pathlib.Path, cfg: RunConfig) -> None:
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Contours and flow of theorem 3's loss with the trained heads' coefficients, and theorem 2's head on the task."""
   rng = np.random.default_rng(cfg.seed)
   rows = [InductionRows(cfg.induction, cfg.model.vocab, cfg.length, cfg.seed, "validation")[i] for i in range(256)]

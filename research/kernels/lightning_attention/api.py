@@ -8,12 +8,17 @@ import numpy as np
 from research.errors import check
 from research.kernels import dispatch
 from research.kernels.attention.api import HEADS
-from research.kernels.lightning_attention import reference, xla
+from research.kernels.lightning_attention import pallas_tpu, reference, xla
 from research.mesh import BATCH, TOKENS
 
 STATE = P(BATCH, "model", None, None)  # [batch, heads, d_k, d_v]
 
-IMPLEMENTATIONS = {"xla": xla.attention, "recurrent": reference.recurrent, "reference": reference.attention}
+IMPLEMENTATIONS = {
+  "pallas_tpu": pallas_tpu.attention,
+  "xla": xla.attention,
+  "recurrent": reference.recurrent,
+  "reference": reference.attention,
+}
 
 
 def lightning_attention(
@@ -38,8 +43,8 @@ def lightning_attention(
     segment_ids: int32 [batch, length], or None for one segment a row. A token sees those before it up to
       the last change of the id; the tokens of one document stand together, so an id does not come back.
     initial_state: float32 [batch, heads, d_k, d_v] of what came before, for a row's first segment; None: zeros.
-    implementation: "xla" (chunked, anywhere), "recurrent" (a token at a time), "reference" (dense), or None
-      for the first that supports the call.
+    implementation: "pallas_tpu" (fused, TPU), "xla" (chunked, anywhere), "recurrent" (a token at a time),
+      "reference" (dense), or None for the first that supports the call.
 
   Returns:
     (out [batch, length, heads, d_v] in q's dtype, the state after the last token, float32), accumulated in float32
@@ -51,7 +56,8 @@ def lightning_attention(
       back (where their values are known), an unknown implementation or a named one that cannot run this call.
   """
   _check(q, k, v, decay, segment_ids, initial_state)
-  chosen = dispatch.choose(implementation, dict.fromkeys(IMPLEMENTATIONS))
+  obstacles = dict.fromkeys(IMPLEMENTATIONS) | {"pallas_tpu": pallas_tpu.obstacle(q, v)}
+  chosen = dispatch.choose(implementation, obstacles)
   q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
   decay = dispatch.place(jnp.asarray(decay), P("model"))
   segment_ids, initial_state = dispatch.place(segment_ids, TOKENS), dispatch.place(initial_state, STATE)
