@@ -19,8 +19,8 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import check
-from research.kernels.dispatch import on_mesh, place
-from research.kernels.lightning_attention.api import STATE
+from research.kernels.dispatch import on_mesh, place, platform
+from research.kernels.lightning_attention.api import IMPLEMENTATIONS, STATE
 from research.mesh import BATCH, PARTITIONS, TOKENS, MeshConfig, Partition
 from research.models import decoder
 from research.nn.linear_attention import ACTIVATIONS, GatedLinearAttention, decay_rates
@@ -58,7 +58,7 @@ class TransNormerConfig:
   precision: Literal["float32", "bfloat16"] = "bfloat16"
   remat: Literal["none", "full", "dots"] = "none"
   layer_loop: Literal["auto", "scan", "unroll"] = "auto"  # auto: unroll on CPU, where it is faster, else scan
-  attention_kernel: Literal["auto", "xla", "recurrent", "reference"] = "auto"
+  attention_kernel: Literal["auto", *IMPLEMENTATIONS] = "auto"
 
   def __post_init__(self):
     for name in ("vocab", "width", "layers", "heads", "head_dim", "glu_width"):
@@ -73,7 +73,10 @@ class TransNormerConfig:
     return {"lrpe_first": 1, "lrpe_all": self.layers}.get(self.position, 0)
 
   def check_mesh(self, mesh: dict[str, int], partition: str) -> None:
-    """Raises UserError where a size does not divide by its mesh axis."""
+    """Raises UserError where a size does not divide by its mesh axis, or the kernel is another platform's."""
+    needs = {"pallas_tpu": "tpu"}.get(self.attention_kernel, platform())
+    fix = f"needs a {needs}, and this runs on {platform()}; use auto"
+    check(needs == platform(), "model.attention_kernel", self.attention_kernel, fix)
     if partition == "fsdp_tp":
       for name in ("vocab", "heads", "glu_width"):
         size = getattr(self, name)

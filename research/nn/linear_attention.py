@@ -15,7 +15,7 @@ from research.kernels import dispatch
 from research.kernels.attention.api import HEADS
 from research.kernels.lightning_attention.api import lightning_attention
 from research.kernels.lightning_attention.step import step
-from research.mesh import HIDDEN, Partition
+from research.mesh import BATCH, HIDDEN, Partition
 from research.nn.init import fan_in
 from research.nn.norms import NORMS
 from research.nn.precision import Policy
@@ -133,7 +133,8 @@ class GatedLinearAttention(nnx.Module):
         q, k, v, decay, segment_ids=segment_ids, initial_state=before, implementation=self.implementation
       )
       state = after, jnp.zeros_like(after)
-    y = self.norm(y.reshape(batch, length, -1))
-    if self.gate:
-      y = u[0].reshape(y.shape) * y
+    # of one row, a reshape forgets where it stands
+    y, *u = (dispatch.place(z.reshape(batch, length, -1), P(BATCH, None, "model")) for z in (y, *u))
+    y = self.norm(y)
+    y = u[0] * y if self.gate else y
     return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.out[...]), out_sharding=HIDDEN), tuple(state)
