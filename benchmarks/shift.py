@@ -21,7 +21,8 @@ from research import cpu, optim
 from research.config import RunConfig
 from research.fit import Experiment, abstract_state, fresh_state, jit_step, to_devices
 from research.mesh import MeshConfig, make_mesh
-from research.models.transformer import Transformer, TransformerConfig, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer, TransformerConfig
 from research.optim import OptimizerConfig
 
 # batch, length, and the model: the experiment's main config, and one in which attention is a smaller part

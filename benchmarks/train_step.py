@@ -64,7 +64,8 @@ def reprise(shape: Shape, weights: None):
   from research.config import RunConfig
   from research.fit import Experiment, abstract_state, fresh_state, jit_step, to_devices
   from research.mesh import MeshConfig, make_mesh
-  from research.models.transformer import Transformer, TransformerConfig, next_token_loss
+  from research.models.decoder import next_token_loss
+  from research.models.transformer import Transformer, TransformerConfig
 
   sizes = {name: size for name, size in shape._asdict().items() if name not in ("batch", "length")}
   model = TransformerConfig(**sizes, precision="float32", rope_base=ROPE_BASE, norm_eps=NORM_EPS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from research.errors import check
 from research.kernels.dispatch import axis_size, place
-from research.models.transformer import Transformer
+from research.models.decoder import Decoder
 
 _MULTIPLE = 64  # prompts are padded to multiples of it, so that other lengths do not compile anew
 
@@ -37,7 +37,7 @@ class Sampling:
 
 
 def generate(
-  model: Transformer,
+  model: Decoder,
   prompts: Sequence[Sequence[int]],
   *,
   tokens: int,

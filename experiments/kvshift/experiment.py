@@ -19,7 +19,8 @@ from research.data import TextConfig
 from research.errors import UserError, check
 from research.fit import Experiment
 from research.mesh import batch_shard
-from research.models.transformer import Transformer, TransformerConfig, flops_per_token, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer, TransformerConfig, flops_per_token
 
 ATTENTIONS = {"plain": None, "kvshift": KVShift, **VARIANTS}
 

@@ -12,7 +12,7 @@ import numpy as np
 from research.data import Tokenizer
 from research.errors import UserError, check
 from research.evals.likelihood import log_likelihoods
-from research.models.transformer import Transformer
+from research.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read(path: str | pathlib.Path) -> list[Question]:
 
 
 def score(
-  model: Transformer, tokenizer: Tokenizer, questions: list[Question], *, max_length: int, prefix: tuple[int, ...] = ()
+  model: Decoder, tokenizer: Tokenizer, questions: list[Question], *, max_length: int, prefix: tuple[int, ...] = ()
 ) -> dict[str, float]:
   """The share answered right, when the answer given is the one with the largest log-likelihood.
 

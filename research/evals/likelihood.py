@@ -12,13 +12,13 @@ import numpy as np
 from research.errors import check
 from research.fit import to_devices
 from research.kernels.dispatch import axis_size
-from research.models.transformer import Transformer, next_token_loss
+from research.models.decoder import Decoder, next_token_loss
 
 _MULTIPLE = 64  # rows are padded to multiples of it, so that few lengths are compiled
 
 
 def log_likelihoods(
-  model: Transformer, rows: Sequence[tuple[Sequence[int], int]], *, max_length: int, batch: int = 16
+  model: Decoder, rows: Sequence[tuple[Sequence[int], int]], *, max_length: int, batch: int = 16
 ) -> np.ndarray:
   """float64 [rows]: the log-likelihood in nats of ids[start:] after ids[:start], for each (ids, start).
 
@@ -71,7 +71,7 @@ def _row_sums(model, batch) -> jax.Array:
   return jnp.sum(jax.lax.map(part, tuple(map(cut, (x, batch["targets"], batch["weights"])))), axis=0)
 
 
-def perplexity(model: Transformer, data: Any, bytes_of_text: int) -> dict[str, float]:
+def perplexity(model: Decoder, data: Any, bytes_of_text: int) -> dict[str, float]:
   """Of all rows of `data`, a grain.IterDataset of packed batches that stand for `bytes_of_text` bytes.
 
   nats_per_token, perplexity (its exponential), bits_per_byte, tokens.

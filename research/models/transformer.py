@@ -14,22 +14,14 @@ import jax
 from jax import numpy as jnp
 
 from research.errors import check
-from research.kernels.cross_entropy.api import cross_entropy
 from research.kernels.dispatch import place, platform
-from research.mesh import HIDDEN, PARTITIONS, TOKENS, MeshConfig, Partition
-from research.metrics import Mean
+from research.mesh import PARTITIONS, TOKENS, MeshConfig, Partition
+from research.models import decoder
 from research.nn.attention import Attention, Cache, empty_cache
-from research.nn.init import fan_in
-from research.nn.mlp import SwiGLU
+from research.nn.mlp import GLU
 from research.nn.norms import RMSNorm
 from research.nn.precision import POLICIES
 from research.nn.rope import RopeScaling
-
-REMAT = {
-  "none": lambda f: f,
-  "full": jax.checkpoint,  # keep a layer's input only
-  "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +92,14 @@ class Block(nnx.Module):
       implementation=None if cfg.attention_kernel == "auto" else cfg.attention_kernel,
     )
     self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps, policy)
-    self.mlp = SwiGLU(
-      mlp_key, width=cfg.width, hidden=cfg.mlp_width, out_scale=out_scale, partition=partition, policy=policy
+    self.mlp = GLU(
+      mlp_key,
+      width=cfg.width,
+      hidden=cfg.mlp_width,
+      activation=jax.nn.silu,
+      out_scale=out_scale,
+      partition=partition,
+      policy=policy,
     )
 
   def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -131,31 +129,22 @@ class Transformer(nnx.Module):
   ):
     specs, policy = PARTITIONS[partition](), POLICIES[cfg.precision]
     embed_key, head_key, blocks_key = jax.random.split(key, 3)
-    self.embed = nnx.Param(fan_in(embed_key, (cfg.vocab, cfg.width), cfg.width, policy.params, specs.embed), table=True)
+    self.embed, self.head = decoder.tables(embed_key, head_key, cfg, specs)
     self.blocks = jax.vmap(lambda k: Block(k, cfg, specs, mix))(jax.random.split(blocks_key, cfg.layers))
     self.norm = RMSNorm(cfg.width, cfg.norm_eps, policy)
-    if cfg.tie_embeddings:
-      self.head = None
-    else:
-      head = fan_in(head_key, (cfg.width, cfg.vocab), cfg.width, policy.params, specs.head)
-      self.head = nnx.Param(head, table=True)
     self.cfg = cfg
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """tokens, segment_ids, positions int32 [batch, length] -> final hidden states [batch, length, width]."""
     x = self._embed(tokens)
-    f = REMAT[self.cfg.remat](lambda block, x: block(x, segment_ids, positions))
-    if _scans(self.cfg.layer_loop):
-      x, _ = jax.lax.scan(lambda x, block: (f(block, x), None), x, self.blocks)
-    else:
-      for block in _unstack(self.blocks, self.cfg.layers):
-        x = f(block, x)
+    f = decoder.REMAT[self.cfg.remat](lambda block, x: block(x, segment_ids, positions))
+    x, _ = decoder.over_layers(lambda x, block: (f(block, x), None), x, self.blocks, self.cfg.layer_loop)
     return self.norm(x)
 
   def attention_weights(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """What every head attends to, float32 [layers, batch, heads, length, length]: dense, for looking inside."""
     x, out = self._embed(tokens), []
-    for block in _unstack(self.blocks, self.cfg.layers):
+    for block in decoder.unstack(self.blocks):
       out.append(block.attention.weights(block.attention_norm(x), segment_ids, positions))
       x = block(x, segment_ids, positions)
     return jnp.stack(out)
@@ -185,25 +174,21 @@ class Transformer(nnx.Module):
   def _extend(self, tokens, segment_ids, positions, cache: Cache, fresh: bool) -> tuple[jax.Array, Cache]:
     tokens, segment_ids, positions = (place(x, TOKENS) for x in (tokens, segment_ids, positions))
     x, cache = self._embed(tokens), cache.begin(segment_ids)
-    if _scans(self.cfg.layer_loop):
 
-      def body(carry, xs):
-        layer, block = xs
-        return block.extend(carry[0], segment_ids, positions, carry[1], layer, fresh), None
+    def body(carry, xs):
+      layer, block = xs
+      return block.extend(carry[0], segment_ids, positions, carry[1], layer, fresh), None
 
-      (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.cfg.layers), self.blocks))
-    else:
-      for layer, block in enumerate(_unstack(self.blocks, self.cfg.layers)):
-        x, cache = block.extend(x, segment_ids, positions, cache, jnp.int32(layer), fresh)
+    layers = jnp.arange(self.cfg.layers)
+    (x, cache), _ = decoder.over_layers(body, (x, cache), (layers, self.blocks), self.cfg.layer_loop)
     return self.norm(x), cache.end(segment_ids)
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    return POLICIES[self.cfg.precision].weight(self.embed[...]).at[tokens].get(out_sharding=HIDDEN)
+    return decoder.lookup(self.embed, tokens, POLICIES[self.cfg.precision])
 
   def head_weight(self) -> jax.Array:
     """The output projection [width, vocab] in the compute dtype, gathered along `data`."""
-    policy = POLICIES[self.cfg.precision]
-    return policy.weight(self.embed[...]).T if self.head is None else policy.weight(self.head[...])
+    return decoder.head_weight(self.embed, self.head, POLICIES[self.cfg.precision])
 
   def logits(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """float32 logits [batch, length, vocab]. Holds them all: for evaluation and small batches."""
@@ -211,18 +196,7 @@ class Transformer(nnx.Module):
 
   def unembed(self, x: jax.Array) -> jax.Array:
     """Final hidden states [batch, length, width] -> float32 logits [batch, length, vocab]."""
-    return jnp.einsum("btd,dv->btv", x, self.head_weight(), preferred_element_type=jnp.float32)
-
-
-def next_token_loss(model: Transformer, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, Mean]:
-  """Cross-entropy in nats of `targets` under the model, weighted by `weights`.
-
-  batch: tokens, targets, segment_ids, positions int32 and weights float32, all [batch, length].
-  """
-  del key  # deterministic
-  x = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-  total = cross_entropy(x, model.head_weight(), batch["targets"], batch["weights"])
-  return {"loss": Mean(total, jnp.sum(batch["weights"]))}
+    return decoder.unembed(x, self.head_weight())
 
 
 def flops_per_token(cfg: TransformerConfig, length: int) -> dict[str, float]:
@@ -239,14 +213,3 @@ def flops_per_token(cfg: TransformerConfig, length: int) -> dict[str, float]:
     "head": 2 * cfg.width * cfg.vocab,
   }
   return {name: 3.0 * flops for name, flops in forward.items()}
-
-
-def _scans(layer_loop: str) -> bool:
-  return platform() != "cpu" if layer_loop == "auto" else layer_loop == "scan"
-
-
-def _unstack(blocks: Block, layers: int) -> list[Block]:
-  # split, not indexing: its transpose is one concatenation instead of `layers` padded sums
-  split = lambda p: [jnp.squeeze(s, 0) for s in jax.lax.split(p, [1] * layers)]
-  leaves, structure = jax.tree.flatten(blocks)
-  return [jax.tree.unflatten(structure, layer) for layer in zip(*map(split, leaves), strict=True)]

@@ -1,5 +1,7 @@
 """Feed-forward layers."""
 
+from collections.abc import Callable
+
 from flax import nnx
 import jax
 from jax import numpy as jnp
@@ -9,20 +11,33 @@ from research.nn.init import fan_in
 from research.nn.precision import Policy
 
 
-class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202); gate and up are one matrix [width, 2, hidden]."""
+class GLU(nnx.Module):
+  """down(activation(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202); gate and up are one matrix [width, 2, hidden].
 
-  def __init__(self, key, *, width: int, hidden: int, out_scale: float, partition: Partition, policy: Policy):
+  SwiGLU with silu; without an activation the SGLU of TransNormerLLM (arXiv 2307.14995, equation 12).
+  """
+
+  def __init__(
+    self,
+    key: jax.Array,
+    *,
+    width: int,
+    hidden: int,
+    activation: Callable[[jax.Array], jax.Array],
+    out_scale: float,
+    partition: Partition,
+    policy: Policy,
+  ):
     up_key, down_key = jax.random.split(key)
     self.up = nnx.Param(fan_in(up_key, (width, 2, hidden), width, policy.params, partition.up), matrix=((-3,), (-1,)))
     self.down = nnx.Param(
       fan_in(down_key, (hidden, width), hidden, policy.params, partition.down, out_scale), matrix=((-2,), (-1,))
     )
-    self.policy = policy
+    self.activation, self.policy = activation, policy
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [batch, length, width] -> [batch, length, width]."""
     y = jnp.einsum("btd,dcf->btcf", x, self.policy.weight(self.up[...]))
     gate, up = jnp.split(y, 2, axis=2)  # not indexing: its transpose is one concatenation instead of padded sums
-    y = (jax.nn.silu(gate) * up)[:, :, 0]
+    y = (self.activation(gate) * up)[:, :, 0]
     return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.down[...]), out_sharding=HIDDEN)

@@ -1,4 +1,8 @@
-"""Normalisation layers."""
+"""Normalisation layers, all over the last axis and reduced in the policy's `reduce` dtype.
+
+The axis may be cut along a mesh axis: the reduction is over the whole of it, so the
+result is that of one device.
+"""
 
 from flax import nnx
 import jax
@@ -9,7 +13,7 @@ from research.nn.precision import Policy
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale over the last axis (Zhang & Sennrich, 2019), reduced in the policy's `reduce` dtype."""
+  """x / rms(x) * scale (Zhang & Sennrich, 2019)."""
 
   def __init__(self, width: int, eps: float, policy: Policy):
     self.scale = nnx.Param(jnp.ones(width, policy.params, out_sharding=P(None)))
@@ -18,6 +22,41 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [..., width] -> [..., width], same dtype."""
-    y = x.astype(self.policy.reduce)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    y = _over_rms(x.astype(self.policy.reduce), self.eps)
     return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
+
+
+class SRMSNorm(nnx.Module):
+  """x / rms(x), without parameters (TransNormerLLM, arXiv 2307.14995, equation 14)."""
+
+  def __init__(self, width: int, eps: float, policy: Policy):
+    del width
+    self.eps = eps
+    self.policy = policy
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [..., width] -> [..., width], same dtype."""
+    return _over_rms(x.astype(self.policy.reduce), self.eps).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / deviation * scale + bias (Ba et al., 2016)."""
+
+  def __init__(self, width: int, eps: float, policy: Policy):
+    self.scale = nnx.Param(jnp.ones(width, policy.params, out_sharding=P(None)))
+    self.bias = nnx.Param(jnp.zeros(width, policy.params, out_sharding=P(None)))
+    self.eps = eps
+    self.policy = policy
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [..., width] -> [..., width], same dtype."""
+    y = x.astype(self.policy.reduce)
+    y = _over_rms(y - jnp.mean(y, axis=-1, keepdims=True), self.eps)
+    return (y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)).astype(x.dtype)
+
+
+NORMS = {"srms": SRMSNorm, "rms": RMSNorm, "layer": LayerNorm}
+
+
+def _over_rms(x, eps):
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import zipfile
 
 import jax
 from jax import numpy as jnp
@@ -19,7 +20,9 @@ from research import config, run, writers
 from research.errors import UserError
 from research.mesh import MeshConfig
 from research.models import convert
-from research.models.transformer import Transformer, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer
+from research.models.transnormer import TransNormer, TransNormerConfig
 from research.nn import rope
 from research.nn.rope import RopeScaling
 from research.tools import logits
@@ -212,7 +215,7 @@ def test_sizes_that_config_json_leaves_out_follow_from_the_others(tmp_path):
 # Export is the inverse of import
 
 
-@pytest.mark.parametrize("name", ["llama", "kvshift"])
+@pytest.mark.parametrize("name", ["llama", "kvshift", "transnormer/scaled", "transnormer/tied", "transnormer/lrpe_all"])
 def test_weights_are_written_back_to_the_byte(name, tmp_path):
   with small.use():
     _, model = load(GOLDENS / name)
@@ -386,7 +389,7 @@ def test_tables_of_rotary_angles_in_old_files_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
   ("settings", "told"),
   [
-    ({"model_type": "bert"}, "model_type=bert: cannot be read; choose from kvshift, llama"),
+    ({"model_type": "bert"}, "model_type=bert: cannot be read; choose from kvshift, llama, transnormer"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
@@ -410,6 +413,136 @@ def test_tables_of_rotary_angles_in_old_files_are_passed_over(tmp_path):
 )
 def test_a_config_that_is_no_llama_of_ours_is_told_in_one_line(settings, told, tmp_path):
   assert len(refused(directory(tmp_path, settings=settings), "config.json", told)) == 1
+
+
+@pytest.mark.parametrize(
+  ("settings", "told"),
+  [
+    ({"norm_type": "layernorm"}, "norm_type=layernorm: only simplermsnorm"),
+    ({"linear_act_fun": "gelu"}, "linear_act_fun=gelu: no such activation here"),
+    ({"linear_act_fun": ["silu"]}, "linear_act_fun=['silu']"),
+    ({"bias": True}, "bias=True"),
+    ({"hidden_dim": 30}, "hidden_dim=30: must be a multiple of decoder_attention_heads=4"),
+    ({"glu_dim": None}, "glu_dim=None: must be a whole number"),
+    ({"linear_use_lrpe_list": []}, "linear_use_lrpe_list=[]: must have a 0 or 1 for each of decoder_layers=3"),
+    ({"linear_use_lrpe_list": [0, 1, 0]}, "linear_use_lrpe_list=[0, 1, 0]: only the first layer, all or none"),
+    ({"linear_use_lrpe_list": [1, 1, 0]}, "linear_use_lrpe_list=[1, 1, 0]: only the first layer, all or none"),
+    ({"linear_use_lrpe_list": "101"}, "linear_use_lrpe_list=101: must have"),
+  ],
+  ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
+)
+def test_a_config_that_is_no_released_transnormer_is_told_in_one_line(settings, told, tmp_path):
+  assert len(refused(directory(tmp_path, "transnormer/scaled", settings), "config.json", told)) == 1
+
+
+def test_what_differs_from_a_released_transnormer_is_told_in_a_table(tmp_path):
+  theta, first = "model.layers.{}.token_mixer.lrpe.theta", "model.layers.0.token_mixer.lrpe.theta"
+  lines = refused(directory(tmp_path / "a", "transnormer/scaled", {"linear_use_lrpe_list": [1, 1, 1]}))
+  assert row(lines, theta.format(2)) == ["absent", "[4, 1, 8]"]
+  lines = refused(directory(tmp_path / "b", "transnormer/scaled", {"linear_use_lrpe_list": [0, 0, 0]}))
+  assert row(lines, first) == ["F32 [4, 1, 8]", "absent"]
+  lines = refused(directory(tmp_path / "c", "transnormer/scaled", {"glu_dim": 40}), "transnormer model")
+  assert row(lines, "model.layers.1.channel_mixer.l3.weight") == ["F32 [32, 48]", "F32 or BF16 or F16 [32, 40]"]
+  # as in the released code, a head is tied unless config.json says otherwise; here another one is not passed over
+  lines = refused(directory(tmp_path / "d", "transnormer/scaled", drop=["tie_word_embeddings"]))
+  assert row(lines, "lm_head.weight") == ["other values", "those of model.embed_tokens.weight"]
+  lines = refused(directory(tmp_path / "e", "transnormer/tied", {"tie_word_embeddings": False}))
+  assert row(lines, "lm_head.weight") == ["absent", "[89, 32]"]
+
+
+# PyTorch's own files, of which nothing is run
+
+
+BIN = GOLDENS / "transnormer" / "bin"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def bin_file(tmp_path, change, **more):
+  """A copy of the .bin golden, the pickle or the other members (by name) of its first file changed."""
+  path = pathlib.Path(shutil.copytree(BIN, tmp_path / "bin"))
+  file = path / "pytorch_model-00001-of-00002.bin"
+  with zipfile.ZipFile(file) as source:
+    members = {i.filename: source.read(i) for i in source.infolist()}
+  with zipfile.ZipFile(file, "w", more.get("compression", zipfile.ZIP_STORED)) as out:
+    for name, data in members.items():
+      short = name.partition("/")[2]
+      out.writestr(name, change(data) if short == "data.pkl" else more.get(short.replace("/", "_"), data))
+  return path
+
+
+def test_a_bin_file_holds_what_the_safetensors_hold(tmp_path):
+  with small.use():
+    expected = load(GOLDENS / "transnormer" / "scaled")[1]
+    same(load(BIN)[1], expected)
+    # a state_dict: an OrderedDict with an attribute
+    body = lambda p: b"\x80\x02ccollections\nOrderedDict\n)R" + p[3:-1] + b"}X\x09\x00\x00\x00_metadata}sb."
+    same(load(bin_file(tmp_path, body))[1], expected)
+    shutil.copy(GOLDENS / "transnormer" / "scaled" / "weights.safetensors", tmp_path / "bin" / "model.safetensors")
+    for file in (tmp_path / "bin").glob("*.bin"):
+      file.write_bytes(b"")
+    same(load(tmp_path / "bin")[1], expected)  # safetensors go first
+
+
+def test_a_bin_file_that_calls_anything_else_is_not_run(tmp_path):
+  mark = tmp_path / "ran"
+  run = b"cos\nsystem\n(X" + len(f"touch {mark}").to_bytes(4, "little") + f"touch {mark}".encode() + b"tR0"
+  lines = refused(bin_file(tmp_path / "a", lambda p: p[:2] + run + p[2:]), "00001-of-00002.bin: calls os.system")
+  assert len(lines) == 1
+  for module, name in (("builtins", "eval"), ("torch", "load"), ("torch._utils", "_rebuild_tensor"), ("copyreg", "x")):
+    other = f"c{module}\n{name}\n".encode()
+    swap = lambda p, other=other: p.replace(REBUILD, other, 1)
+    refused(bin_file(tmp_path / f"{module}{name}", swap), f"calls {module}.{name}")
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "more", "told"),
+  [
+    (lambda p: p[:-30], {}, "is damaged"),
+    (lambda p: b"", {}, "is damaged"),
+    (lambda p: b"\x80\x02]q\x00.", {}, "must hold a dictionary of tensors"),
+    (lambda p: b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", {}, "must hold a dictionary of tensors"),
+    (lambda p: p.replace(b"KYK ", b"KZK ", 1), {}, "is damaged: a tensor leaves its storage"),
+    (lambda p: p.replace(b"K K\x01\x86", b"K\x01K \x86", 1), {}, "holds a transposed or strided tensor"),
+    (lambda p: p, {"data_0": b"short"}, "is damaged: a tensor leaves its storage"),
+    (lambda p: p, {"byteorder": b"big"}, "is big-endian"),
+    (lambda p: p, {"compression": zipfile.ZIP_DEFLATED}, "is damaged: data/0 is compressed"),
+  ],
+)
+def test_a_damaged_bin_file_is_told_in_one_line(change, more, told, tmp_path):
+  assert len(refused(bin_file(tmp_path, change, **more), "pytorch_model-00001-of-00002.bin", told)) == 1
+
+
+def make_transnormer(**changes):
+  sizes = {"vocab": 64, "width": 32, "layers": 3, "heads": 4, "head_dim": 8, "glu_width": 48, "precision": "float32"}
+  return TransNormer(jax.random.key(3), TransNormerConfig(**sizes | {"layer_loop": "scan"} | changes))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"position": "none", "scale_embedding": False, "tie_embeddings": False},
+    {"head_dim": 6, "activation": "1+elu"},
+    {"layers": 1},
+  ],
+  ids=str,
+)
+def test_a_transnormer_comes_back_from_its_export(changes, tmp_path):
+  with small.use():
+    model = make_transnormer(**changes)
+    convert.export(model, tmp_path / "x")
+    cfg, back = load(tmp_path / "x", partition="fsdp_tp")
+  assert cfg == model.cfg
+  assert jax.tree.structure(back) == jax.tree.structure(model)
+  same(back, model)
+
+
+@pytest.mark.parametrize("change", [{"decay": "paper"}, {"gate": False}, {"norm": "rms"}, {"position": "ape"}], ids=str)
+def test_a_transnormer_that_was_never_released_is_not_exported_as_one(change, tmp_path):
+  (name, value), *_ = change.items()
+  with small.use(), pytest.raises(UserError, match=f"model.{name}={value}: released files have no place for it"):
+    convert.export(jax.eval_shape(lambda: make_transnormer(**change)), tmp_path / "x")
+  assert not list(tmp_path.iterdir())
 
 
 def broken(tmp_path, how):
@@ -448,6 +581,7 @@ def broken(tmp_path, how):
     "index without map": lambda: index.write_text("{}"),
     "sharded without index": lambda: index.unlink(),
     "pickle": lambda: (model.unlink(), (path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))),
+    "other pickle": lambda: (model.unlink(), (path / "model.pt").write_bytes(pickle.dumps({"a": 1}))),
     "no file": lambda: model.unlink(),
   }[how]()
   return path
@@ -474,7 +608,8 @@ def broken(tmp_path, how):
     ("index not json", ["index.json", "is not JSON"]),
     ("index without map", ["needs a weight_map"]),
     ("sharded without index", ["holds 2 safetensors files and no model.safetensors.index.json"]),
-    ("pickle", ["pytorch_model.bin is a pickle, which is never opened"]),
+    ("pickle", ["pytorch_model.bin: is no zip file of torch.save, and other pickles are never opened"]),
+    ("other pickle", ["model.pt is a pickle, which is never opened"]),
     ("no file", ["give a directory with model.safetensors"]),
   ],
 )

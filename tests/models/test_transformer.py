@@ -10,7 +10,8 @@ import pytest
 from experiments.kvshift.attention import KVShift
 from research.fit import to_devices
 from research.mesh import MeshConfig
-from research.models.transformer import Transformer, flops_per_token, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer, flops_per_token
 from tests import small
 
 MIXES = pytest.mark.parametrize("mix", [None, KVShift], ids=["plain", "kvshift"])

@@ -27,7 +27,7 @@ def compute(monkeypatch, tmp_path, tokens, name="llama"):
     return out["logits"]
 
 
-@pytest.mark.parametrize("name", ["llama", "kvshift"])
+@pytest.mark.parametrize("name", ["llama", "kvshift", "transnormer/scaled", "transnormer/tied"])
 def test_the_command_writes_what_the_weights_own_code_computes(name, tmp_path):
   expected = np.load(GOLDENS / name / "expected.npz")
   np.savez(tmp_path / "in.npz", tokens=expected["input_ids"])

@@ -1,6 +1,6 @@
 """Reads and writes published weights: directories of `config.json` and safetensors files.
 
-The families are `llama`, and `FAMILY` of every `experiments/*/convert.py`.
+The families are `llama` and `transnormer`, and `FAMILY` of every `experiments/*/convert.py`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import UserError, check
-from research.models.convert import llama
+from research.models.convert import llama, transnormer
 from research.models.convert.family import Family, Tensor
 from research.models.convert.files import DTYPES, Stored, is_weights, open_tensors, read_json, write
 from research.report import table
@@ -76,7 +76,8 @@ def families() -> list[Family]:
   """The experiments' own, then those of the library: the first that reads a directory has it."""
   root = pathlib.Path(__file__).resolve().parents[3] / "experiments"
   names = sorted(p.parent.name for p in root.glob("*/convert.py"))
-  return [importlib.import_module(f"experiments.{name}.convert").FAMILY for name in names] + [llama.FAMILY]
+  theirs = [importlib.import_module(f"experiments.{name}.convert").FAMILY for name in names]
+  return [*theirs, llama.FAMILY, transnormer.FAMILY]
 
 
 def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None) -> Weights:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from research.errors import check
 from research.models.transformer import TransformerConfig
 
 
@@ -76,3 +77,11 @@ class Family:
   writes: Callable[[Any], bool]
   describe: Callable[[Any], dict[str, Any]]
   Config: type = TransformerConfig
+
+
+def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+  """A positive whole number of config.json. Raises UserError."""
+  value = config.get(name)
+  value = default if value is None else value
+  check(type(value) is int and 0 < value < 2**31, name, value, "must be a whole number of at least 1")
+  return value

@@ -1,6 +1,7 @@
-"""A directory of published weights: `config.json` beside safetensors files, opened without reading the tensors.
+"""A directory of published weights: `config.json` beside files of tensors, opened without reading the tensors.
 
-Pickle files are never opened: loading one runs whatever program it holds.
+The files are safetensors, or where there are none PyTorch's `.bin`, of which no
+program is run; see `research.models.convert.torch_files`.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ import safetensors
 from safetensors.numpy import save_file
 
 from research.errors import UserError, check
+from research.models.convert import torch_files
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
+_BIN = "pytorch_model.bin"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -59,21 +62,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
   """Every tensor of `directory` by key. Raises UserError for files that are absent, damaged or contradict the index."""
-  single = directory / "model.safetensors"
-  index = directory / INDEX
+  safe = any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*"))
+  single, open_file = directory / ("model.safetensors" if safe else _BIN), _open if safe else _open_bin
+  index = directory / f"{single.name}.index.json"
   if single.is_file() or not index.is_file():
-    return _open(single if single.is_file() else _only_file(directory))
+    return open_file(single if single.is_file() else _only_file(directory))
   where = read_json(index).get("weight_map")
-  ok = isinstance(where, dict) and where and all(_plain_name(name) for name in where.values())
+  ok = isinstance(where, dict) and where and all(_plain_name(name, single.suffix) for name in where.values())
   check(bool(ok), "weights", index, "needs a weight_map from keys to the names of files beside it")
   tensors = {}
   for name in sorted(set(where.values())):
-    check((directory / name).is_file(), "weights", directory / name, f"is missing; {INDEX} names it")
-    held = _open(directory / name)
+    check((directory / name).is_file(), "weights", directory / name, f"is missing; {index.name} names it")
+    held = open_file(directory / name)
     said = {key for key, file in where.items() if file == name}
     for keys, fault in ((said - held.keys(), "does not hold"), (held.keys() - said, "also holds")):
       few = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-      check(not keys, "weights", directory / name, f"{fault} {few}, unlike what {INDEX} says")
+      check(not keys, "weights", directory / name, f"{fault} {few}, unlike what {index.name} says")
     tensors |= held
   return tensors
 
@@ -151,8 +155,13 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
   return {key: Stored(data, t["dtype"], tuple(t["shape"]), t["data_offsets"][0]) for key, t in header.items()}
 
 
-def _plain_name(name: Any) -> bool:
-  return isinstance(name, str) and name.endswith(".safetensors") and pathlib.PurePath(name).name == name
+def _open_bin(path: pathlib.Path) -> dict[str, Stored]:
+  data, held = torch_files.open_tensors(path)
+  return {key: Stored(data, t.dtype, t.shape, t.start) for key, t in held.items()}
+
+
+def _plain_name(name: Any, suffix: str) -> bool:
+  return isinstance(name, str) and name.endswith(suffix) and pathlib.PurePath(name).name == name
 
 
 def _line(e: Exception) -> str:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from research.errors import UserError, check
-from research.models.convert.family import Family, Tensor
+from research.models.convert.family import Family, Tensor, count
 from research.models.transformer import Transformer, TransformerConfig
 from research.nn.rope import RopeScaling
 
@@ -28,19 +28,19 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     check(not config.get(name), name, config.get(name), "projections have no bias here; only false can be read")
   act = config.get("hidden_act", "silu")
   check(act in ("silu", "swish"), "hidden_act", act, "only silu can be read")
-  width, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+  width, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
   if config.get("head_dim") is None:
     fix = f"must be a multiple of num_attention_heads={heads} where head_dim is not given"
     check(width % heads == 0, "hidden_size", width, fix)
   base, scaling = _rope(config)
   return {
-    "vocab": _count(config, "vocab_size"),
+    "vocab": count(config, "vocab_size"),
     "width": width,
-    "layers": _count(config, "num_hidden_layers"),
+    "layers": count(config, "num_hidden_layers"),
     "heads": heads,
-    "kv_heads": _count(config, "num_key_value_heads", heads),
-    "head_dim": _count(config, "head_dim", width // heads),
-    "mlp_width": _count(config, "intermediate_size"),
+    "kv_heads": count(config, "num_key_value_heads", heads),
+    "head_dim": count(config, "head_dim", width // heads),
+    "mlp_width": count(config, "intermediate_size"),
     "rope_base": base,
     "rope_scaling": scaling,
     "norm_eps": _number(config, "rms_norm_eps", 1e-6),
@@ -124,15 +124,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
   check(len(bases) == 1, "rope_theta", sorted(bases), "rope_parameters and rope_theta must agree")
   scaling = groups[0] or groups[1]
   whole = ("original_length",)
-  values = {ours: (_count if ours in whole else _number)(scaling, theirs) for ours, theirs in _ROPE[kind].items()}
+  values = {ours: (count if ours in whole else _number)(scaling, theirs) for ours, theirs in _ROPE[kind].items()}
   return bases.pop(), RopeScaling(kind, **values)
-
-
-def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-  value = config.get(name)
-  value = default if value is None else value
-  check(type(value) is int and 0 < value < 2**31, name, value, "must be a whole number of at least 1")
-  return value
 
 
 def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
