@@ -56,3 +56,8 @@ def test_the_variables_are_those_whose_names_say_so():
     with pytest.raises(UserError):
       secrets.refuse([f"--x={CANARY}"], {name: CANARY})
   secrets.refuse([f"--x={CANARY}"], {"USER": CANARY})
+
+
+def test_a_key_that_begins_like_a_path_is_a_key():
+  with pytest.raises(UserError):
+    secrets.refuse([f"--x=/{CANARY}/q"], {"AWS_SECRET_ACCESS_KEY": f"/{CANARY}/q"})

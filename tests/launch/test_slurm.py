@@ -53,7 +53,7 @@ def test_dry_run_prints_the_script_and_the_command_and_leaves_nothing(tools, tmp
   assert "#SBATCH --requeue\n" in script
   assert "#SBATCH --signal=TERM@120\n" in script
   run = shlex.split(next(line for line in script.splitlines() if line.startswith("srun")))
-  assert run[:3] == ["srun", "--wait=60", "--export=ALL"]
+  assert run[:3] == ["srun", "--wait=180", "--export=ALL"]
   assert run[3:6] == [sys.executable, "-m", "experiments.kvshift"]
   assert run[-1] == f"--workdir={workdir}"
   last = shlex.split(done.stdout.splitlines()[-1])
