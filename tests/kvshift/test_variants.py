@@ -13,7 +13,8 @@ from experiments.kvshift.attention import KVShift, mix
 from experiments.kvshift.experiment import ATTENTIONS
 from research.fit import to_devices
 from research.mesh import BATCH, PARTITIONS, MeshConfig
-from research.models.transformer import Transformer, next_token_loss
+from research.models.decoder import next_token_loss
+from research.models.transformer import Transformer
 from tests import small
 
 MIXES = {name: mix for name, mix in ATTENTIONS.items() if mix is not None}
