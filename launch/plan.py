@@ -26,7 +26,7 @@ from launch import hlo, ptx, topology
 from launch.topology import Topology
 from research import config, run
 from research.errors import UserError, check
-from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step
+from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step, on_devices
 from research.kernels.attention import splash
 from research.mesh import BATCH
 from research.report import table
@@ -137,8 +137,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
   check_batch(cfg, pod)
   with jax.set_mesh(mesh):
     exp = config.experiment_module(cfg.experiment).build(cfg)
-    state, batch = abstract_state(exp), abstract_batch(exp)
-    state, batch = on(mesh, state), on(mesh, batch)
+    state, batch = on_devices(abstract_state(exp)), on_devices(abstract_batch(exp))
     start = time.perf_counter()
     if what == "train":
       lowered = jit_step(exp, cfg, state).lower(state, batch)
@@ -214,12 +213,6 @@ def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
   check(cfg.batch % (shards * cfg.accumulate) == 0, "batch", cfg.batch, fix)
 
 
-def on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Abstract arrays under the same specs on the devices of `mesh`."""
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  return jax.tree.map(place, tree)
-
-
 def compile_for(lowered) -> tuple[Any, float]:
   """(the compiled program, 0), or (None, bytes of HBM that a device would need). Raises UserError."""
   try:
@@ -244,7 +237,7 @@ def lower_decode(exp: Experiment, cfg: config.RunConfig, state: TrainState):
   rows = jax.NamedSharding(mesh, jax.P(BATCH, None))
   tokens = lambda n: jax.ShapeDtypeStruct((cfg.batch, n), jnp.int32, sharding=rows)
   fill = lambda model, x: model.prefill(x, x, x, cfg.length)[1]
-  cache = on(mesh, jax.eval_shape(fill, model, tokens(cfg.length)))
+  cache = on_devices(jax.eval_shape(fill, model, tokens(cfg.length)))
 
   def step(model, token, segment_ids, positions, cache):
     x, cache = model.extend(token, segment_ids, positions, cache)

@@ -116,6 +116,13 @@ def abstract_batch(exp: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   return {name: place(x) for name, x in exp.batch().items()}
 
 
+def on_devices(tree: Any) -> Any:
+  """Abstract arrays, as from `abstract_state`, on the devices of the current mesh instead of an abstract one."""
+  mesh = jax.sharding.get_mesh()
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  return jax.tree.map(place, tree)
+
+
 def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState, train_step=None):
   """`train_step` (default: `default_train_step`) as it is compiled: the old state is given up for the new.
 
@@ -258,9 +265,7 @@ def _rows(ndim: int) -> P:
 
 
 def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[TrainState, int]:
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  abstract = jax.tree.map(place, abstract)
+  abstract = on_devices(abstract)
   # Damaged steps of its own directory are set aside, so that they can be saved again.
   restored = checkpoints.restore(abstract, quarantine=True)
   if restored is None and resume is not None:

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 from jax import numpy as jnp
 
+from research.errors import check
 from research.kernels.cross_entropy.api import cross_entropy
 from research.kernels.dispatch import platform
 from research.mesh import HIDDEN, Partition
@@ -19,6 +20,26 @@ REMAT = {
   "full": jax.checkpoint,  # keep a layer's input only
   "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
+
+
+# Where a kernel that is asked for by name runs; the others run anywhere.
+KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+
+def check_mesh(cfg: Any, mesh: dict[str, int], partition: str, cut: tuple[str, ...]) -> None:
+  """Raises UserError where a size does not divide by its mesh axis, or the kernel is another platform's.
+
+  cut: the fields of `cfg` that the mesh axis `model` cuts.
+  """
+  needs = KERNEL_PLATFORMS.get(cfg.attention_kernel, platform())
+  fix = f"needs a {needs}, and this runs on {platform()}; use auto"
+  check(needs == platform(), "model.attention_kernel", cfg.attention_kernel, fix)
+  if partition == "fsdp_tp":
+    for name in cut:
+      size = getattr(cfg, name)
+      check(size % mesh["model"] == 0, f"model.{name}", size, f"must divide by mesh.model={mesh['model']}")
+  if partition != "replicated":
+    check(cfg.width % mesh["data"] == 0, "model.width", cfg.width, f"must divide by mesh.data={mesh['data']}")
 
 
 class Decoder(Protocol):

@@ -14,7 +14,7 @@ import jax
 from jax import numpy as jnp
 
 from research.errors import check
-from research.kernels.dispatch import place, platform
+from research.kernels.dispatch import place
 from research.mesh import PARTITIONS, TOKENS, MeshConfig, Partition
 from research.models import decoder
 from research.nn.attention import Attention, Cache, empty_cache
@@ -54,16 +54,8 @@ class TransformerConfig:
     check(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive, e.g. 1e-5")
 
   def check_mesh(self, mesh: dict[str, int], partition: str) -> None:
-    """Raises UserError where a size does not divide by its mesh axis, or the kernel is another platform's."""
-    needs = {"splash": "tpu", "cudnn": "gpu"}.get(self.attention_kernel, platform())
-    fix = f"needs a {needs}, and this runs on {platform()}; use auto"
-    check(needs == platform(), "model.attention_kernel", self.attention_kernel, fix)
-    if partition == "fsdp_tp":
-      for name in ("vocab", "kv_heads", "mlp_width"):
-        size = getattr(self, name)
-        check(size % mesh["model"] == 0, f"model.{name}", size, f"must divide by mesh.model={mesh['model']}")
-    if partition != "replicated":
-      check(self.width % mesh["data"] == 0, "model.width", self.width, f"must divide by mesh.data={mesh['data']}")
+    """Raises UserError where the mesh does not fit the model, see `decoder.check_mesh`."""
+    decoder.check_mesh(self, mesh, partition, ("vocab", "kv_heads", "mlp_width"))
 
 
 class Block(nnx.Module):

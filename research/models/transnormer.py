@@ -19,7 +19,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import check
-from research.kernels.dispatch import on_mesh, place, platform
+from research.kernels.dispatch import on_mesh, place
 from research.kernels.lightning_attention.api import IMPLEMENTATIONS, STATE
 from research.mesh import BATCH, PARTITIONS, TOKENS, MeshConfig, Partition
 from research.models import decoder
@@ -73,16 +73,8 @@ class TransNormerConfig:
     return {"lrpe_first": 1, "lrpe_all": self.layers}.get(self.position, 0)
 
   def check_mesh(self, mesh: dict[str, int], partition: str) -> None:
-    """Raises UserError where a size does not divide by its mesh axis, or the kernel is another platform's."""
-    needs = {"pallas_tpu": "tpu"}.get(self.attention_kernel, platform())
-    fix = f"needs a {needs}, and this runs on {platform()}; use auto"
-    check(needs == platform(), "model.attention_kernel", self.attention_kernel, fix)
-    if partition == "fsdp_tp":
-      for name in ("vocab", "heads", "glu_width"):
-        size = getattr(self, name)
-        check(size % mesh["model"] == 0, f"model.{name}", size, f"must divide by mesh.model={mesh['model']}")
-    if partition != "replicated":
-      check(self.width % mesh["data"] == 0, "model.width", self.width, f"must divide by mesh.data={mesh['data']}")
+    """Raises UserError where the mesh does not fit the model, see `decoder.check_mesh`."""
+    decoder.check_mesh(self, mesh, partition, ("vocab", "heads", "glu_width"))
 
 
 class Block(nnx.Module):
