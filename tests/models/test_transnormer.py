@@ -384,8 +384,9 @@ def test_sizes_that_the_mesh_cannot_cut_are_told():
       varied(**change).check_mesh({"replica": 1, "data": 1, "model": 2}, "fsdp_tp")
   with pytest.raises(UserError, match=r"model.width=32: must divide by mesh.data=3"):
     MODEL.check_mesh({"replica": 1, "data": 3, "model": 1}, "fsdp")
-  with pytest.raises(UserError, match="model.attention_kernel=pallas_tpu: needs a tpu"):
-    varied(attention_kernel="pallas_tpu").check_mesh({"replica": 1, "data": 1, "model": 1}, "fsdp")
+  for kernel, needs in (("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")):
+    with pytest.raises(UserError, match=f"model.attention_kernel={kernel}: needs a {needs}"):
+      varied(attention_kernel=kernel).check_mesh({"replica": 1, "data": 1, "model": 1}, "fsdp")
 
 
 def test_parameters_stay_float32_and_the_state_too_where_products_are_bfloat16():
