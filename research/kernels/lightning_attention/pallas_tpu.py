@@ -4,10 +4,13 @@ The mathematics is that of xla.py. A grid step takes a block of tokens of a few 
 from [batch, length, heads * d]: no transpose is needed before or after. In it the chunks of
 `CHUNK` tokens are unrolled; the decay's powers are made once a head.
 
-What is rounded to bfloat16 for the matrix units is split in two, the nearest bfloat16 and
-what that leaves: scores, scaled values and the state then carry 16 bits, and the result
-is as exact as its own rounding. The halves stand side by side along the contraction, where a
-chunk of 64 fills half a matrix unit only.
+What is rounded to bfloat16 for the matrix units is split in two, its upper 16 bits and the
+rest: scores, scaled values and the state then carry 16 bits, and the result is as exact as
+its own rounding. The halves stand side by side along the contraction, where a chunk of 64
+fills half a matrix unit only.
+
+Matrix units are the bottleneck, so the schedule is made for them: states and scores run ahead
+of the outputs and wait for them in VMEM, already split, where they take no registers.
 """
 
 import functools
@@ -24,7 +27,7 @@ from research.kernels.lightning_attention.reference import run_numbers
 
 LANES = 128
 CHUNK = 64  # tokens between two states
-BLOCK = 512  # tokens of a grid step
+BLOCK = 1024  # tokens of a grid step, of one bfloat16 head of 128
 
 
 def obstacle(q, v) -> str | None:
@@ -38,8 +41,11 @@ def obstacle(q, v) -> str | None:
   return None
 
 
-def attention(q_bthk, k_bthk, v_bthv, decay_h, segment_ids=None, state_bhkv=None, *, block=BLOCK, interpret=False):
-  """As `api.lightning_attention`. Inside a shard_map when there is a mesh: the compiler cannot partition the kernel."""
+def attention(q_bthk, k_bthk, v_bthv, decay_h, segment_ids=None, state_bhkv=None, *, block=None, interpret=False):
+  """As `api.lightning_attention`. Inside a shard_map when there is a mesh: the compiler cannot partition the kernel.
+
+  block: most tokens of a grid step, a multiple of 128; None: as many as keep its unrolled program to one size.
+  """
   (batch, length, heads, d_k), d_v = q_bthk.shape, v_bthv.shape[-1]
   if state_bhkv is None:
     state_bhkv = jnp.zeros((batch, heads, d_k, d_v), jnp.float32)
@@ -79,10 +85,16 @@ class _Shape(NamedTuple):
   block: int
   chunk: int
   packed: bool  # there are several runs a row
+  dtype: jnp.dtype
 
   @property
   def ragged(self) -> bool:
     return self.length % self.block != 0
+
+  @property
+  def parts(self) -> int:
+    """How many operands of the matrix units a float32 array is split into."""
+    return 1 if self.dtype == jnp.float32 else 2
 
 
 def _shape(q, v, runs, block) -> _Shape:
@@ -91,7 +103,11 @@ def _shape(q, v, runs, block) -> _Shape:
   # as many heads as fill whole lanes of every operand; all, if no fewer do
   group = math.lcm(LANES // math.gcd(LANES, d_k), LANES // math.gcd(LANES, d_v))
   group = group if heads % group == 0 else heads
-  return _Shape(length, group, d_k, d_v, block, CHUNK, runs is not None)
+  if block is None:
+    block = max(LANES, BLOCK * LANES * 2 // (group * max(d_k, d_v, LANES) * q.dtype.itemsize) // LANES * LANES)
+  blocks = pl.cdiv(length, block)  # of one size, as far as lanes allow
+  block = LANES * pl.cdiv(length, LANES * blocks)
+  return _Shape(length, group, d_k, d_v, block, CHUNK, runs is not None, q.dtype)
 
 
 def _forward(q, k, v, rate, runs, state, block, interpret, dtype=None):
@@ -115,7 +131,7 @@ def _forward(q, k, v, rate, runs, state, block, interpret, dtype=None):
       jax.ShapeDtypeStruct((batch, length, heads * s.d_v), dtype or q.dtype),
       jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ],
-    scratch_shapes=_scratch(s),
+    scratch_shapes=[*_scratch(s, scores=1), pltpu.SMEM((1,), jnp.int32)],  # and the run that the state is of
     compiler_params=_PARAMS,
     cost_estimate=_cost(batch, heads, s, q.dtype, products=1),
     interpret=interpret,
@@ -149,7 +165,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
       jax.ShapeDtypeStruct((batch, length, heads * s.d_v), v.dtype),
       jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     ],
-    scratch_shapes=_scratch(s)[:-1],
+    scratch_shapes=_scratch(s, scores=2),
     compiler_params=_PARAMS,
     cost_estimate=_cost(batch, heads, s, q.dtype, products=2),
     interpret=interpret,
@@ -166,14 +182,16 @@ def _flat(x):
   return x.reshape(*x.shape[:2], -1)
 
 
-def _scratch(s: _Shape):
-  """The state; powers of the decay by head: within a chunk, entering and leaving it; the run that the state is of."""
+def _scratch(s: _Shape, scores: int):
+  """By head: the state; powers of the decay within a chunk, entering and leaving it; states and scores that wait."""
+  ring = AHEAD + 2
   return [
     pltpu.VMEM((s.group, s.d_k, s.d_v), jnp.float32),
-    pltpu.VMEM((s.group, s.chunk, s.chunk), jnp.float32),
+    pltpu.VMEM((s.group, s.chunk, s.parts * s.chunk), jnp.float32),
     pltpu.VMEM((s.group, s.chunk, LANES), jnp.float32),
     pltpu.VMEM((s.group, s.chunk, LANES), jnp.float32),
-    pltpu.SMEM((1,), jnp.int32),
+    pltpu.VMEM((s.group, ring, s.parts, s.d_k, s.d_v), s.dtype),
+    *[pltpu.VMEM((s.group, ring, s.chunk, s.parts * s.chunk), s.dtype)] * scores,
   ]
 
 
@@ -194,10 +212,12 @@ def _iota(shape, axis):
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _make_powers(s: _Shape, rates, within_ref, enter_ref, leave_ref):
+def _make_powers(s: _Shape, rates, within_ref, enter_ref, leave_ref, turned=False):
+  """turned: within a chunk, rows are the tokens attended to and columns those that attend."""
   c = s.chunk
   for i, rate in enumerate(rates):
-    within_ref[i] = _power(rate, _iota((c, c), 0) - _iota((c, c), 1))
+    apart = _iota((c, s.parts * c), 0) - _iota((c, s.parts * c), 1) % c
+    within_ref[i] = _power(rate, -apart if turned else apart)
     enter_ref[i] = _power(rate, _iota((c, LANES), 0) + 1)
     leave_ref[i] = _power(rate, c - 1 - _iota((c, LANES), 0))
 
@@ -210,30 +230,53 @@ def _wide(x, d: int):
 
 
 def _halves(x):
-  """float32 -> (nearest bfloat16, the bfloat16 nearest to what that leaves)."""
-  high = x.astype(jnp.bfloat16)
-  return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  """float32 -> (its upper 16 bits, the rest). Both float32: to go there and back through bfloat16 costs packing."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+  high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return high, x - high
 
 
-def _dot(a, b, contract, exact):
+def _split(x, axis: int, dtype):
+  """float32 for the matrix units: itself, or its halves in bfloat16 one after the other along `axis`."""
+  return x if dtype == jnp.float32 else jnp.concatenate(_halves(x), axis=axis).astype(dtype)
+
+
+def _twice(x, axis: int):
+  """What meets `_split` in a product."""
+  return x if x.dtype == jnp.float32 else jnp.concatenate([x, x], axis=axis)
+
+
+def _dot(a, b, contract):
   """a b in float32, contracting a's and b's axes `contract`."""
-  precision = jax.lax.Precision.HIGHEST if exact else None
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   numbers = (((contract[0],), (contract[1],)), ((), ()))
   return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _split_dot(wide, narrow, contract, exact):
-  """`wide` float32 times `narrow` of the operands' dtype, as if not rounded: by halves along the contraction."""
-  if exact:
-    return _dot(wide, narrow, contract, True)
-  wide = jnp.concatenate(_halves(wide), axis=contract[0])
-  return _dot(wide, jnp.concatenate([narrow, narrow], axis=contract[1]), contract, False)
+def _scores(a, b, f):
+  """[rows of a, those of b] times the powers within the chunk; split: the halves side by side."""
+  scores = _dot(a, _twice(b, 0), (1, 1)) * f.within
+  if a.dtype == jnp.float32:
+    return scores
+  high, low = _halves(scores)
+  return jnp.where(_iota(scores.shape, 1) < scores.shape[1] // 2, high, low).astype(a.dtype)
+
+
+def _park(ref, state):
+  """A state for `_state_dot`: [parts, d_k, d_v]."""
+  for part, half in enumerate(_halves(state) if ref.shape[0] == 2 else [state]):
+    ref[part] = half.astype(ref.dtype)
+
+
+def _state_dot(x, ref, contract):
+  """x times the state parked in `ref`."""
+  return sum(_dot(x, ref[part], contract) for part in range(ref.shape[0]))
 
 
 class _Chunk(NamedTuple):
   """Powers and masks of one chunk and head."""
 
-  within: jax.Array  # [r, s]
+  within: jax.Array  # [r, parts s]
   enter: jax.Array  # [r, LANES]
   leave: jax.Array  # [s, LANES]
   whole: jax.Array  # scalar
@@ -248,10 +291,10 @@ def _chunk(s: _Shape, i, rate, start, runs, before, after, within_ref, enter_ref
     leave = _power(rate, count - 1 - _iota((c, LANES), 0))
     whole = jnp.exp(rate * count.astype(jnp.float32))
   if runs is not None:
-    across = jnp.broadcast_to(runs, (c, c))
-    down = across.T
-    column = jnp.broadcast_to(down[:, :1], (c, LANES))
-    within = jnp.where(across == down, within, 0.0)
+    down = jnp.broadcast_to(runs, (c, c)).T[:, :1]
+    across = jnp.broadcast_to(jnp.concatenate([runs] * s.parts, axis=1), within.shape)
+    column = jnp.broadcast_to(down, (c, LANES))
+    within = jnp.where(across == jnp.broadcast_to(down, within.shape), within, 0.0)
     enter = jnp.where(column == before, enter, 0.0)
     leave = jnp.where(column == after, leave, 0.0)
     whole = jnp.where(before == after, whole, 0.0)
@@ -266,61 +309,62 @@ def _tokens(s: _Shape, ref, n, i, d, start):
   return x
 
 
-AHEAD = 3
+AHEAD = 2
 
 
-def _ahead(heads, chunks, prepare, finish, acc_ref):
-  """The chunks of every head in turn, each prepared `AHEAD` chunks before the state gets there.
+def _ahead(heads, chunks, prepare, finish):
+  """The chunks of every head in turn, each prepared `AHEAD` chunks before it is finished.
 
-  So that the matrix units have other work while the state goes from chunk to chunk.
+  So that the matrix units have other work while a chunk's scores and state are made for them.
   """
-  states = [acc_ref[i] for i in range(heads)]
   steps = [(i, n) for n in chunks for i in range(heads)]
-  waiting = [prepare(*step) for step in steps[:AHEAD]]
-  for at, (i, n) in enumerate(steps):
+  for step in steps[:AHEAD]:
+    prepare(*step)
+  for at, step in enumerate(steps):
     if at + AHEAD < len(steps):
-      waiting.append(prepare(*steps[at + AHEAD]))
-    states[i] = finish(i, n, states[i], *waiting.pop(0))
-  for i, state in enumerate(states):
-    acc_ref[i] = state
+      prepare(*steps[at + AHEAD])
+    finish(*step)
 
 
 def _forward_kernel(s: _Shape, rate_ref, q_ref, k_ref, v_ref, state_ref, *rest):
   runs_ref = rest[0] if s.packed else None
-  out_ref, final_ref, acc_ref, within_ref, enter_ref, leave_ref, run_ref = rest[s.packed :]
+  out_ref, final_ref, acc_ref, *powers, states_ref, scores_ref, run_ref = rest[s.packed :]
   j, last = pl.program_id(2), pl.num_programs(2) - 1
   rates = [rate_ref[pl.program_id(1) * s.group + i] for i in range(s.group)]
 
   @pl.when(j == 0)
   def _():
     acc_ref[...] = state_ref[0]
-    _make_powers(s, rates, within_ref, enter_ref, leave_ref)
+    _make_powers(s, rates, *powers)
     run_ref[0] = 0
 
-  exact = q_ref.dtype == jnp.float32
-  chunks = range(s.block // s.chunk)
+  chunks, ring = range(s.block // s.chunk), states_ref.shape[1]
   runs, ends = [None] * len(chunks), [None] * (len(chunks) + 1)
   if s.packed:
     runs, ends = _runs(s, runs_ref, j * s.block, run_ref[0])
     run_ref[0] = ends[-1]
+  start = lambda n: j * s.block + n * s.chunk
+  chunk = lambda i, n: _chunk(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
+  tokens = lambda ref, i, n, d: _tokens(s, ref, n, i, d, start(n))
+  for i in range(s.group):
+    _park(states_ref.at[i, 0], acc_ref[i])
 
   def prepare(i, n):
-    """What needs no state."""
-    start = j * s.block + n * s.chunk
-    f = _chunk(s, i, rates[i], start, runs[n], ends[n], ends[n + 1], within_ref, enter_ref, leave_ref)
-    q, k = _tokens(s, q_ref, n, i, s.d_k, start), _tokens(s, k_ref, n, i, s.d_k, start)
-    v = _tokens(s, v_ref, n, i, s.d_v, start)
-    scores = _dot(q, k, (1, 1), exact) * f.within
-    out = _split_dot(scores, v, (1, 0), exact)
-    leaving = _wide(f.leave, s.d_v) * v.astype(jnp.float32)
-    return f, q, out, _split_dot_right(k, leaving, (0, 0), exact)
+    """Scores, and the state after the chunk."""
+    f, k = chunk(i, n), tokens(k_ref, i, n, s.d_k)
+    scores_ref[i, n % ring] = _scores(tokens(q_ref, i, n, s.d_k), k, f)
+    leaving = _wide(f.leave, s.d_v) * tokens(v_ref, i, n, s.d_v).astype(jnp.float32)
+    acc_ref[i] = state = f.whole * acc_ref[i] + _dot(_twice(k, 0), _split(leaving, 0, s.dtype), (0, 0))
+    if n != chunks[-1]:
+      _park(states_ref.at[i, (n + 1) % ring], state)
 
-  def finish(i, n, state, f, q, out, more):
-    out += _wide(f.enter, s.d_v) * _state_dot(q, state, (1, 0), exact)
+  def finish(i, n):
+    q = tokens(q_ref, i, n, s.d_k)
+    out = _wide(chunk(i, n).enter, s.d_v) * _state_dot(q, states_ref.at[i, n % ring], (1, 0))
+    out += _dot(scores_ref[i, n % ring], _twice(tokens(v_ref, i, n, s.d_v), 0), (1, 0))
     out_ref[0, pl.ds(n * s.chunk, s.chunk), i * s.d_v : (i + 1) * s.d_v] = out.astype(out_ref.dtype)
-    return f.whole * state + more
 
-  _ahead(s.group, chunks, prepare, finish, acc_ref)
+  _ahead(s.group, chunks, prepare, finish)
 
   @pl.when(j == last)
   def _():
@@ -343,60 +387,48 @@ def _runs(s: _Shape, runs_ref, start, before):
   return runs, ends
 
 
-def _state_dot(x, state, contract, exact):
-  """x times the float32 state."""
-  if exact:
-    return _dot(x, state, contract, True)
-  high, low = _halves(state)
-  return _dot(x, high, contract, False) + _dot(x, low, contract, False)
-
-
-def _split_dot_right(narrow, wide, contract, exact):
-  """As `_split_dot`, the other way around."""
-  if exact:
-    return _dot(narrow, wide, contract, True)
-  wide = jnp.concatenate(_halves(wide), axis=contract[1])
-  return _dot(jnp.concatenate([narrow, narrow], axis=contract[0]), wide, contract, False)
-
-
 def _backward_kernel(s: _Shape, blocks, rate_ref, q_ref, k_ref, v_ref, dout_ref, dfinal_ref, *rest):
   runs_ref, ends_ref = rest[:2] if s.packed else (None, None)
-  dk_ref, dv_ref, dstate_ref, acc_ref, within_ref, enter_ref, leave_ref = rest[2 * s.packed :]
+  dk_ref, dv_ref, dstate_ref, acc_ref, *powers, states_ref, scores_ref, dscores_ref = rest[2 * s.packed :]
   j, last = pl.program_id(2), pl.num_programs(2) - 1
   rates = [rate_ref[pl.program_id(1) * s.group + i] for i in range(s.group)]
 
   @pl.when(j == 0)
   def _():
     acc_ref[...] = dfinal_ref[0]
-    _make_powers(s, rates, within_ref, enter_ref, leave_ref)
+    _make_powers(s, rates, *powers, turned=True)
 
-  exact = q_ref.dtype == jnp.float32
   at = blocks - 1 - j
-  chunks = range(s.block // s.chunk)
+  chunks, ring = range(s.block // s.chunk), states_ref.shape[1]
   runs, ends = [None] * len(chunks), [None] * (len(chunks) + 1)
   if s.packed:
     runs, ends = _runs(s, runs_ref, at * s.block, ends_ref[0, 0, at])
+  start = lambda n: at * s.block + n * s.chunk
+  chunk = lambda i, n: _chunk(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
+  tokens = lambda ref, i, n, d: _tokens(s, ref, n, i, d, start(n))
+  for i in range(s.group):
+    _park(states_ref.at[i, chunks[-1] % ring], acc_ref[i])
 
   def prepare(i, n):
-    start = at * s.block + n * s.chunk
-    f = _chunk(s, i, rates[i], start, runs[n], ends[n], ends[n + 1], within_ref, enter_ref, leave_ref)
-    q, k = _tokens(s, q_ref, n, i, s.d_k, start), _tokens(s, k_ref, n, i, s.d_k, start)
-    v, dout = _tokens(s, v_ref, n, i, s.d_v, start), _tokens(s, dout_ref, n, i, s.d_v, start)
-    scores = _dot(q, k, (1, 1), exact) * f.within
-    dscores = _dot(dout, v, (1, 1), exact) * f.within
-    dk, dv = _split_dot(dscores, q, (0, 0), exact), _split_dot(scores, dout, (0, 0), exact)
+    """Scores and their gradient, both turned, and the state's gradient before the chunk."""
+    f, q, dout = chunk(i, n), tokens(q_ref, i, n, s.d_k), tokens(dout_ref, i, n, s.d_v)
+    scores_ref[i, n % ring] = _scores(tokens(k_ref, i, n, s.d_k), q, f)
+    dscores_ref[i, n % ring] = _scores(tokens(v_ref, i, n, s.d_v), dout, f)
     entering = _wide(f.enter, s.d_v) * dout.astype(jnp.float32)
-    return f, k, v, dk, dv, _split_dot_right(q, entering, (0, 0), exact)
+    acc_ref[i] = dstate = f.whole * acc_ref[i] + _dot(_twice(q, 0), _split(entering, 0, s.dtype), (0, 0))
+    if n:
+      _park(states_ref.at[i, (n - 1) % ring], dstate)
 
-  def finish(i, n, dstate, f, k, v, dk, dv, more):
-    rows = pl.ds(n * s.chunk, s.chunk)
-    dk += _wide(f.leave, s.d_k) * _state_dot(v, dstate, (1, 1), exact)
-    dv += _wide(f.leave, s.d_v) * _state_dot(k, dstate, (1, 0), exact)
+  def finish(i, n):
+    f, rows, dstate = chunk(i, n), pl.ds(n * s.chunk, s.chunk), states_ref.at[i, n % ring]
+    dk = _wide(f.leave, s.d_k) * _state_dot(tokens(v_ref, i, n, s.d_v), dstate, (1, 1))
+    dv = _wide(f.leave, s.d_v) * _state_dot(tokens(k_ref, i, n, s.d_k), dstate, (1, 0))
+    dk += _dot(dscores_ref[i, n % ring], _twice(tokens(q_ref, i, n, s.d_k), 0), (1, 0))
+    dv += _dot(scores_ref[i, n % ring], _twice(tokens(dout_ref, i, n, s.d_v), 0), (1, 0))
     dk_ref[0, rows, i * s.d_k : (i + 1) * s.d_k] = dk.astype(dk_ref.dtype)
     dv_ref[0, rows, i * s.d_v : (i + 1) * s.d_v] = dv.astype(dv_ref.dtype)
-    return f.whole * dstate + more
 
-  _ahead(s.group, chunks[::-1], prepare, finish, acc_ref)
+  _ahead(s.group, chunks[::-1], prepare, finish)
 
   @pl.when(j == last)
   def _():
