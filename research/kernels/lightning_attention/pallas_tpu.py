@@ -28,6 +28,7 @@ from research.kernels.lightning_attention.reference import run_numbers
 LANES = 128
 CHUNK = 64  # tokens between two states
 BLOCK = 1024  # tokens of a grid step, of one bfloat16 head of 128
+FORWARD_AHEAD, BACKWARD_AHEAD = 2, 1  # chunks: fewer leave the matrix units idle, more spill registers
 
 
 def obstacle(q, v) -> str | None:
@@ -131,7 +132,7 @@ def _forward(q, k, v, rate, runs, state, block, interpret, dtype=None):
       jax.ShapeDtypeStruct((batch, length, heads * s.d_v), dtype or q.dtype),
       jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ],
-    scratch_shapes=[*_scratch(s, scores=1), pltpu.SMEM((1,), jnp.int32)],  # and the run that the state is of
+    scratch_shapes=[*_scratch(s, FORWARD_AHEAD, scores=1), pltpu.SMEM((1,), jnp.int32)],  # and the state's run
     compiler_params=_PARAMS,
     cost_estimate=_cost(batch, heads, s, q.dtype, products=1),
     interpret=interpret,
@@ -165,7 +166,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
       jax.ShapeDtypeStruct((batch, length, heads * s.d_v), v.dtype),
       jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     ],
-    scratch_shapes=_scratch(s, scores=2),
+    scratch_shapes=_scratch(s, BACKWARD_AHEAD, scores=2),
     compiler_params=_PARAMS,
     cost_estimate=_cost(batch, heads, s, q.dtype, products=2),
     interpret=interpret,
@@ -182,9 +183,9 @@ def _flat(x):
   return x.reshape(*x.shape[:2], -1)
 
 
-def _scratch(s: _Shape, scores: int):
+def _scratch(s: _Shape, ahead: int, scores: int):
   """By head: the state; powers of the decay within a chunk, entering and leaving it; states and scores that wait."""
-  ring = AHEAD + 2
+  ring = ahead + 2
   return [
     pltpu.VMEM((s.group, s.d_k, s.d_v), jnp.float32),
     pltpu.VMEM((s.group, s.chunk, s.parts * s.chunk), jnp.float32),
@@ -309,20 +310,17 @@ def _tokens(s: _Shape, ref, n, i, d, start):
   return x
 
 
-AHEAD = 2
-
-
-def _ahead(heads, chunks, prepare, finish):
-  """The chunks of every head in turn, each prepared `AHEAD` chunks before it is finished.
+def _ahead(ahead, heads, chunks, prepare, finish):
+  """The chunks of every head in turn, each prepared `ahead` chunks before it is finished.
 
   So that the matrix units have other work while a chunk's scores and state are made for them.
   """
   steps = [(i, n) for n in chunks for i in range(heads)]
-  for step in steps[:AHEAD]:
+  for step in steps[:ahead]:
     prepare(*step)
   for at, step in enumerate(steps):
-    if at + AHEAD < len(steps):
-      prepare(*steps[at + AHEAD])
+    if at + ahead < len(steps):
+      prepare(*steps[at + ahead])
     finish(*step)
 
 
@@ -364,7 +362,7 @@ def _forward_kernel(s: _Shape, rate_ref, q_ref, k_ref, v_ref, state_ref, *rest):
     out += _dot(scores_ref[i, n % ring], _twice(tokens(v_ref, i, n, s.d_v), 0), (1, 0))
     out_ref[0, pl.ds(n * s.chunk, s.chunk), i * s.d_v : (i + 1) * s.d_v] = out.astype(out_ref.dtype)
 
-  _ahead(s.group, chunks, prepare, finish)
+  _ahead(FORWARD_AHEAD, s.group, chunks, prepare, finish)
 
   @pl.when(j == last)
   def _():
@@ -428,7 +426,7 @@ def _backward_kernel(s: _Shape, blocks, rate_ref, q_ref, k_ref, v_ref, dout_ref,
     dk_ref[0, rows, i * s.d_k : (i + 1) * s.d_k] = dk.astype(dk_ref.dtype)
     dv_ref[0, rows, i * s.d_v : (i + 1) * s.d_v] = dv.astype(dv_ref.dtype)
 
-  _ahead(s.group, chunks[::-1], prepare, finish)
+  _ahead(BACKWARD_AHEAD, s.group, chunks[::-1], prepare, finish)
 
   @pl.when(j == last)
   def _():
