@@ -214,9 +214,10 @@ def test_what_stands_beyond_the_end_of_a_row_is_not_read():
     np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["xla", "pallas_gpu", "pallas_tpu"])
-def test_bf16_is_as_good_as_the_truth_rounded(name):
-  (q, k, v, *rest), (dout, dstate) = operands(1, 200, 2, 64, 32)
+# two heads of 64 are one for the TPU kernel
+@pytest.mark.parametrize(("name", "d_v"), [("xla", 32), ("pallas_gpu", 32), ("pallas_tpu", 32), ("pallas_tpu", 64)])
+def test_bf16_is_as_good_as_the_truth_rounded(name, d_v):
+  (q, k, v, *rest), (dout, dstate) = operands(1, 200, 2, 64, d_v)
   rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16))
   args, cotangents = (rounded(q), rounded(k), rounded(v), *rest), (rounded(dout), dstate)
   got = jax.jit(functools.partial(value_and_grads, LOCAL[name]))(args, cotangents)
