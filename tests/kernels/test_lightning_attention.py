@@ -1,11 +1,13 @@
 """Linear attention with decay: every implementation is the float64 reference's, and the reference is the definition."""
 
 import functools
+import math
 import pathlib
 
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import jaxprs_in_params
 import numpy as np
 import pytest
 
@@ -285,7 +287,43 @@ def test_on_gpus_it_is_four_triton_kernels_where_they_can_be(d_k, d_v, dtype, ke
   assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
+def products(jaxpr, times=1):
+  """Twice the multiplications of all matrix products in a program with loops of known lengths, and in its kernels."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contract, _), _ = eqn.params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      total += 2 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contract)
+    inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+    if eqn.primitive.name == "pallas_call":
+      inner = times * math.prod(eqn.params["grid_mapping"].grid)
+    for sub in jaxprs_in_params(eqn.params):
+      total += products(sub, inner)
+  return total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("d_k", "d_v"), [(64, 64), (96, 128), (256, 128), (64, 256), (20, 50)])
+def test_the_flops_of_the_triton_kernels_are_those_of_their_products(d_k, d_v, dtype):
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+  q, v, state = of(2, 100, 3, d_k), of(2, 100, 3, d_v), jax.ShapeDtypeStruct((2, 3, d_k, d_v), jnp.float32)
+
+  def step(q, k, v, state, dout):
+    value, vjp = jax.vjp(lambda *x: pallas_gpu.attention(*x[:3], DECAY3, None, x[3]), q, k, v, state)
+    return value, vjp((dout, state))
+
+  (b, t, h), bits = q.shape[:3], 8 * jnp.dtype(dtype).itemsize
+  told = lambda name, d_a, d_c: pallas_gpu.flops(
+    f"lightning_{name}", [(b, t, h, d_a), (b, t, h, d_a), (b, t, h, d_c)], bits
+  )
+  want = told("forward", d_k, d_v) + told("dq", d_v, d_k) + told("dk", d_v, d_k) + told("dv", d_k, d_v)
+  assert products(jax.make_jaxpr(step)(q, q, v, state, v).jaxpr) == want
+  assert pallas_gpu.flops("softmax", [], bits) is None
+
+
 ones = functools.partial(np.ones, dtype=np.float32)
+DECAY3 = np.float32([1, 0.9, 0.1])
 Q = ones((2, 8, 2, 4))
 DECAY = np.array([0.9, 1.0], np.float32)
 WRONG = [

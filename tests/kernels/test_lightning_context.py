@@ -1,4 +1,4 @@
-"""Rows cut along their length over a mesh: the same as whole ones, and nothing but states goes from device to device."""
+"""Rows cut along their length over a mesh are the same as whole ones, and devices exchange nothing but states."""
 
 import functools
 import math
