@@ -45,7 +45,8 @@ SHAPES = [
   Shape(1, 72, 1, 256, 256),
 ]
 SEEDS = 21  # of every shape and dtype
-LIMITS = {"float32": 2e-6, "bfloat16": 1.1, "state of bfloat16": 1e-5}
+# Of float32 results, what rounding makes of a single token's products that cancel.
+LIMITS = {"float32": 1e-5, "bfloat16": 1.1, "state of bfloat16": 1e-5}
 
 
 def generate(shape: Shape, dtype: str, seed: int):
