@@ -9,6 +9,7 @@ runs some of them, see test_lightning_cases.py.
 
 import argparse
 import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -139,6 +140,8 @@ def main():
   print(sum(row["cases"] for row in rows), "cases")
   if args.out:
     record.write(args.out, "lightning_cases", rows)
+  beyond = [(row["path"], kind) for row in rows for kind, limit in LIMITS.items() if row[kind] > limit]
+  sys.exit(f"beyond the limits {LIMITS}: {beyond}" if beyond else 0)
 
 
 if __name__ == "__main__":
