@@ -33,7 +33,7 @@ PEER = {"cpu": "xla", "gpu": "cudnn"}
 
 def measure(batch: int, length: int, heads: int, dim: int, dtype: str, softmax: bool, calls: int = 1) -> list[dict]:
   """A row for lightning attention and, if asked for and possible here, one for softmax attention."""
-  decay = np.exp(-8 * np.arange(1, heads + 1) / heads**2).astype(np.float32)
+  decay = np.exp(-8 * np.arange(1, heads + 1) / heads).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 4)
   args = [jax.random.normal(key, (batch, length, heads, dim), dtype) for key in keys]
   forwards = {"lightning": lambda q, k, v, ids: lightning_attention(q, k, v, decay, segment_ids=ids)[0]}
