@@ -46,9 +46,10 @@ def from_record(name: str, f) -> str:
 
 
 def cases(rows) -> str:
-  kinds = "float32", "bfloat16", "state of bfloat16"
-  cells = [[f"`{row['path']}`", str(row["cases"]), *(f"{row[kind]:.2g}" for kind in kinds)] for row in rows]
-  cells.append(["all", f"{sum(row['cases'] for row in rows):,}", *(f"{max(r[k] for r in rows):.2g}" for k in kinds)])
+  forms = {"float32": ".1e", "bfloat16": ".4f", "state of bfloat16": ".1e"}
+  cells = [[f"`{r['path']}`", str(r["cases"]), *(f"{r[k]:{form}}" for k, form in forms.items())] for r in rows]
+  worst = (f"{max(r[k] for r in rows):{form}}" for k, form in forms.items())
+  cells.append(["all", f"{sum(r['cases'] for r in rows):,}", *worst])
   return table(["path", "cases", "float32", "bfloat16, of the best", "states of bfloat16"], cells)
 
 
