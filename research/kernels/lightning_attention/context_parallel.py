@@ -76,10 +76,10 @@ def parts(axes: tuple[str, ...]) -> int:
 def attention(implementation, where: Layout, q_bthk, k_bthk, v_bthv, decay_h, segment_ids=None, state_bhkv=None):
   """As `api.lightning_attention`; operands stand as `where` says, and `implementation` runs each device's part."""
   (batch, _, heads, d_k), d_v = q_bthk.shape, v_bthv.shape[-1]
+  dtype = jnp.promote_types(q_bthk.dtype, jnp.float32)
   if state_bhkv is None:
-    dtype = jnp.promote_types(q_bthk.dtype, jnp.float32)
     state_bhkv = dispatch.place(jnp.zeros((batch, heads, d_k, d_v), dtype), where.state)
-  return _attention(implementation, where, q_bthk, k_bthk, v_bthv, decay_h, segment_ids, state_bhkv)
+  return _attention(implementation, where, q_bthk, k_bthk, v_bthv, decay_h.astype(dtype), segment_ids, state_bhkv)
 
 
 class _Ends(NamedTuple):
@@ -152,11 +152,10 @@ def _power(decay, n):
 
 def _state(k, v, decay, distance):
   """sum over tokens of decay^distance k v^T, [batch, heads, d_k, d_v]; none of tokens whose distance is negative."""
-  dtype = jnp.promote_types(k.dtype, jnp.float32)
-  scaled = _power(decay.astype(dtype), distance)[..., None] * v
+  scaled = _power(decay, distance)[..., None] * v
   # beside bfloat16, 16 bits of the other factor are as exact as the kernels
   precision = "high" if k.dtype == jnp.bfloat16 else "highest"
-  return jnp.einsum("bshk,bshv->bhkv", k.astype(dtype), scaled, precision=precision)
+  return jnp.einsum("bshk,bshv->bhkv", k.astype(scaled.dtype), scaled, precision=precision)
 
 
 def _ends(where, segment_ids, runs) -> _Ends:
