@@ -28,6 +28,7 @@ from research import config, run
 from research.errors import UserError, check
 from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step, on_devices
 from research.kernels.attention import splash
+from research.kernels.lightning_attention import pallas_gpu
 from research.mesh import BATCH
 from research.report import table
 from research.tools.params import path_name
@@ -190,7 +191,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     dict(mesh.shape),
     chip.flops / pod.devices_per_chip,
     chip.bandwidth / pod.devices_per_chip,
-    kernel_flops=splash.flops,
+    kernel_flops=kernel_flops,
   )
   registers = ptx.registers(list(counts.kernels)) if pod.generation in topology.GPUS else {}
   # axes may use links of their own at the same time: the busiest bounds the step
@@ -202,6 +203,13 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
   return dataclasses.replace(
     whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links), registers=registers
   )
+
+
+def kernel_flops(name: str, operands: list[hlo.Array]) -> float | None:
+  """What a custom call that the compiler knows nothing of computes; None for a kernel that is not ours."""
+  shapes = [array.dims for array in operands]
+  known = splash.flops(name, shapes)
+  return pallas_gpu.flops(name, shapes, operands[0].bits) if known is None else known
 
 
 def check_batch(cfg: config.RunConfig, pod: Topology) -> None:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks import lightning_tables
 from research import config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,6 +104,12 @@ def test_modules_named_in_the_readme_exist():
   assert {"experiments.kvshift", "research.tools.params", "benchmarks.train_step"} <= modules
   for module in modules:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists() or (ROOT / module.replace(".", "/")).is_dir()
+
+
+def test_tables_of_lightning_attention_are_those_of_the_records():
+  text = lightning_tables.README.read_text()
+  assert all(text.count(f"<!-- {name} -->\n") == 1 for name in lightning_tables.tables())
+  assert lightning_tables.filled(text) == text, "python -m benchmarks.lightning_tables"
 
 
 def test_benchmark_numbers_are_the_records():

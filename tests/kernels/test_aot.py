@@ -60,6 +60,36 @@ print(compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("%
 """
 
 
+LIGHTNING = """
+from launch import hlo
+from research.kernels.lightning_attention.api import lightning_attention
+
+with jax.set_mesh(mesh):
+  for name in names:
+    d_k, d_v, dtype, kind = name.split()
+    cut = "data" if kind == "context" else None
+    rows = None if cut else BATCH
+    heads = lambda d: put((8, 1000, 4, int(d)), dtype, rows, cut, "model", None)
+    state = put((8, 4, int(d_k), int(d_v)), jnp.float32, rows, "model", None, None)
+    ids = None if kind == "plain" else put((8, 1000), jnp.int32, rows, cut)
+
+    def loss(q, k, v, state, decay, ids):
+      out, state = lightning_attention(q, k, v, decay, segment_ids=ids, initial_state=state)
+      return out.astype(jnp.float32).sum() + state.sum()
+
+    args = heads(d_k), heads(d_k), heads(d_v), state, put((4,), jnp.float32, "model"), ids
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text()
+    counts = hlo.count(text, dict(mesh.shape))
+    states = 1e-6 * sum(c.sent for c in counts.collectives)
+    kinds = sorted({(c.kind, *c.axes) for c in counts.collectives})
+    print(name, "fused" if 1 < sum(counts.kernels.values()) < 4 else counts.kernels, kinds, f"{states:.2f} MB")
+"""
+DIMS = ["64 64", "96 96", "128 128", "256 256", "256 128", "64 128"]
+LIGHTNING_CASES = [
+  f"{d} {dtype} {kind}" for d in DIMS for dtype in ("bfloat16", "float32") for kind in ("plain", "packed")
+]
+
+
 def compiles(program, *args):
   env = os.environ | {"JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-c", PREAMBLE + program, *args]
@@ -78,6 +108,30 @@ def test_attention_compiles_to_three_kernels_and_no_collective(generation):
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_case_compiles_for_every_generation(generation):
   assert compiles(ATTENTION, GENERATIONS[generation], *CASES) == [f"{name} kernels 3 collectives 0" for name in CASES]
+
+
+@pytest.mark.parametrize("generation", ["v5e", "tpu7x"])
+def test_lightning_attention_compiles_to_its_kernels_and_no_collective(generation):
+  names = ["64 64 bfloat16 packed", "256 128 bfloat16 plain"]
+  assert compiles(LIGHTNING, GENERATIONS[generation], *names) == [f"{name} fused [] 0.00 MB" for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_lightning_attention_of_every_head_dim_compiles_for_every_generation(generation):
+  told = compiles(LIGHTNING, GENERATIONS[generation], *LIGHTNING_CASES)
+  assert told == [f"{name} fused [] 0.00 MB" for name in LIGHTNING_CASES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_rows_cut_along_their_length_are_kernels_that_gather_two_states(generation):
+  name = "128 128 bfloat16 context"
+  [told] = compiles(LIGHTNING, GENERATIONS[generation], name)
+  shards = {"v4": 4, "tpu7x": 4}.get(generation, 2)
+  # 8 rows and 2 heads a device, forward and back
+  sent = 1e-6 * 2 * (shards - 1) * 8 * 2 * 128 * 128 * 4
+  assert told == f"{name} fused [('all-gather', 'data')] {sent:.2f} MB"
 
 
 @pytest.mark.slow
