@@ -36,7 +36,7 @@ class TransNormerConfig:
   position: who has phases beside the decay (LRPE-d, equation 9): the first layer, all, or none; or the
     sinusoids of Vaswani et al. (2017, arXiv 1706.03762) added to the embeddings ("ape").
   decay, temperature: see `research.nn.linear_attention.decay_rates`.
-  gate: whether attention is multiplied by u. activation: of queries and keys.
+  gate: whether attention is multiplied by u. activation: of queries and keys. glu_activation: of the GLU.
   scale_embedding: embeddings are multiplied by sqrt(width), as in the first released checkpoints.
   """
 
@@ -51,6 +51,7 @@ class TransNormerConfig:
   temperature: bool = True
   gate: bool = True
   activation: Literal[*ACTIVATIONS] = "silu"
+  glu_activation: Literal[*ACTIVATIONS] = "none"
   norm: Literal[*NORMS] = "srms"
   norm_eps: float = 1e-6
   scale_embedding: bool = True
@@ -103,7 +104,7 @@ class Block(nnx.Module):
       mlp_key,
       width=cfg.width,
       hidden=cfg.glu_width,
-      activation=ACTIVATIONS["none"],
+      activation=ACTIVATIONS[cfg.glu_activation],
       out_scale=1.0,
       partition=partition,
       policy=policy,
