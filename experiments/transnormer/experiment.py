@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 
+from experiments.transnormer import quadratic
 from research.config import RunConfig
 from research.data import TextConfig
 from research.fit import Experiment
@@ -15,11 +16,14 @@ from research.models.decoder import Decoder
 from research.models.transformer import Transformer, TransformerConfig
 from research.models.transnormer import TransNormer, TransNormerConfig
 
+# quadratic: the same model with the attention it had before chunks, Lightning Attention-1
+ARCHITECTURES = ("transnormer", "quadratic", "transformer")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
   experiment: str = "transnormer"
-  architecture: Literal["transnormer", "transformer"] = "transnormer"
+  architecture: Literal[*ARCHITECTURES] = "transnormer"
   report: Literal["loss"] = "loss"
   model: TransNormerConfig = TransNormerConfig()  # architecture=transformer: the peer of these sizes
   data: TextConfig = TextConfig()
@@ -41,7 +45,8 @@ def make_model(cfg: Config, key: jax.Array) -> Decoder:
   """The architecture that the config names; the tables of tokens start the same."""
   if cfg.architecture == "transformer":
     return Transformer(key, peer(cfg.model), cfg.mesh.partition)
-  return TransNormer(key, cfg.model, cfg.mesh.partition)
+  attention = quadratic.attention if cfg.architecture == "quadratic" else None
+  return TransNormer(key, cfg.model, cfg.mesh.partition, attention)
 
 
 def peer(cfg: TransNormerConfig) -> TransformerConfig:

@@ -8,6 +8,7 @@ Two things that go by one name: the paper's equation 10 and the released code (a
 released checkpoint) have different rates of decay; see `research.nn.linear_attention.decay_rates`.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Literal
@@ -81,7 +82,14 @@ class TransNormerConfig:
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + glu(norm(x)). All weights start at their fan-in, with no scale by depth."""
 
-  def __init__(self, key: jax.Array, cfg: TransNormerConfig, lrpe: bool, partition: Partition):
+  def __init__(
+    self,
+    key: jax.Array,
+    cfg: TransNormerConfig,
+    lrpe: bool,
+    partition: Partition,
+    attention: Callable | None,
+  ):
     policy = POLICIES[cfg.precision]
     attention_key, mlp_key = jax.random.split(key)
     self.attention_norm = NORMS[cfg.norm](cfg.width, cfg.norm_eps, policy)
@@ -97,7 +105,7 @@ class Block(nnx.Module):
       norm_eps=cfg.norm_eps,
       partition=partition,
       policy=policy,
-      implementation=None if cfg.attention_kernel == "auto" else cfg.attention_kernel,
+      implementation=attention or (None if cfg.attention_kernel == "auto" else cfg.attention_kernel),
     )
     self.mlp_norm = NORMS[cfg.norm](cfg.width, cfg.norm_eps, policy)
     self.mlp = GLU(
@@ -135,16 +143,25 @@ class TransNormer(nnx.Module):
 
   The layers with phases are a stack of their own, before that of the others: their
   states are twice as tall. A stack without layers is None.
+
+  `attention`, if given, computes attention in the place of `cfg.attention_kernel`: a function
+  as `research.kernels.lightning_attention.api` takes it.
   """
 
-  def __init__(self, key: jax.Array, cfg: TransNormerConfig, partition: str = MeshConfig.partition):
+  def __init__(
+    self,
+    key: jax.Array,
+    cfg: TransNormerConfig,
+    partition: str = MeshConfig.partition,
+    attention: Callable | None = None,
+  ):
     specs, policy = PARTITIONS[partition](), POLICIES[cfg.precision]
     embed_key, head_key, blocks_key = jax.random.split(key, 3)
     self.embed, self.head = decoder.tables(embed_key, head_key, cfg, specs)
     keys = jax.random.split(blocks_key, cfg.layers)
 
     def stack(keys, lrpe):
-      return jax.vmap(lambda k: Block(k, cfg, lrpe, specs))(keys) if len(keys) else None
+      return jax.vmap(lambda k: Block(k, cfg, lrpe, specs, attention))(keys) if len(keys) else None
 
     self.lrpe_blocks = stack(keys[: cfg.lrpe_layers], True)
     self.blocks = stack(keys[cfg.lrpe_layers :], False)
