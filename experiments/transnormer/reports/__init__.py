@@ -2,12 +2,16 @@
 
 import functools
 
+from experiments.transnormer.reports import ablations, lengths, stability
 from experiments.transnormer.reports.common import label
 from research import comparison, paths
 from research.config import RunConfig
 
 REPORTS = {
   "loss": functools.partial(comparison.losses, base="transformer", label=label),
+  "ablations": ablations.report,
+  "lengths": lengths.report,
+  "stability": stability.report,
 }
 
 
