@@ -44,13 +44,14 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     )
   parts.write_results(workdir, {"arms": arms, "base": base, "tokens": cfg.steps * cfg.batch * cfg.length})
 
-  fig = parts.dots(gaps, label, f"loss minus {label(base)}, same seed (bits / token)")
+  fig = parts.dots(gaps, label, f"loss minus {base}, same seed (bits / token)")
   [ax] = fig.axes
   theirs = [(arms[arm]["paper_gap_bits"], i) for i, arm in enumerate(gaps) if arm != base]
   points = [point for point in theirs if point[0] is not None]
   if points:
     ax.plot(*zip(*points, strict=True), "D", markerfacecolor="none", color=parts.COLOURS[2], markersize=6)
-    ax.set_title("a dot a seed, a bar their mean, a diamond the paper (385M); left is better", fontsize=9)
+    ax.set_title("")
+    fig.suptitle("a dot a seed, a bar their mean, a diamond the paper's 385M; left is better", fontsize=10)
   header = ["arm", "parameters", "paper (bits)", f"minus {base}", "ours (bits / token ± SD)"]
   header += [f"minus {base}, same seed (± SD)", "same side"]
   parts.finish(workdir, fig, "ablations.png", parts.table(header, rows))

@@ -6,7 +6,7 @@ _NAMES = {
   "lightning": "lightning attention (chunks)",
   "quadratic": "Lightning Attention-1 (tiles)",
   "softmax": "softmax attention (transformer)",
-  "base": "TransNormerLLM (Mix)",
+  "base": "base: position Mix",
   "ape": "position: APE, no decay",
   "decay_only": "position: decay only",
   "lrpe_only": "position: LRPE in all layers, no decay",

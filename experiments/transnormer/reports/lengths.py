@@ -42,11 +42,11 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     axes[0].errorbar(at, mean, yerr=reach, capsize=3, label=label(attention), **parts.style(i))
     axes[1].plot(at, [of[length]["temporaries_mib"] for length in at], label=label(attention), **parts.style(i))
   for ax in axes:
-    ax.set(xscale="log", yscale="log", xlabel="tokens a row")
+    ax.set(xscale="log", xlabel="tokens a row")
     ax.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
     ax.set_xticks([], minor=True)
-  axes[0].set(ylabel="training tokens / second", title=f"Speed: {parts.over_seeds(times)}")
-  axes[1].set(ylabel="temporaries of a step (MiB)", title="Memory, as compiled")
+  axes[0].set(yscale="log", ylabel="training tokens / second", title=f"Speed: {parts.over_seeds(times)}")
+  axes[1].set(ylim=(0, None), ylabel="temporaries of a step (MiB)", title="Memory, as compiled")
   fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
   fig.suptitle(f"{tokens:,} tokens a batch, {cfg.model.layers} layers, width {cfg.model.width}", fontsize=10)
   header = ["tokens a row", *(f"{label(attention)}: tokens/s, MiB" for attention in found)]
