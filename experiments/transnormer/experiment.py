@@ -42,7 +42,7 @@ def build(cfg: Config) -> Experiment:
 
 
 def make_model(cfg: Config, key: jax.Array) -> Decoder:
-  """The architecture that the config names; the tables of tokens start the same."""
+  """The architecture that the config names."""
   if cfg.architecture == "transformer":
     return Transformer(key, peer(cfg.model), cfg.mesh.partition)
   attention = quadratic.attention if cfg.architecture == "quadratic" else None
