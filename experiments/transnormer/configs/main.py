@@ -2,7 +2,7 @@
 
 Reproduces in miniature the comparison of arXiv 2307.14995 (loss of 385M parameters after 100k updates: transformer
 2.362, TransNormerLLM 2.248 bits a token): equal parameters to within 1 %, the same data and order. Each has the best of
-the learning rates 1.5e-3, 3e-3, 6e-3 and 1.2e-2, by one seed; `:rate=3e-3` gives both the same.
+the learning rates 1.5e-3, 3e-3 and 6e-3, by one seed; `:rate=3e-3` gives both the same.
 Cost: about 5 minutes on 2 CPU cores.
 
   python -m experiments.transnormer --config=experiments/transnormer/configs/main.py
