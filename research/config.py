@@ -132,6 +132,7 @@ _TINY = {
   "tx.warmup": 2,
   "model.layers": 2,
   "model.mlp_width": 64,
+  "model.glu_width": 64,
   "model.vocab": 512,
   "data.bpe_vocab": 512,
 }
@@ -144,9 +145,11 @@ def shrink(cfg: ConfigDict) -> ConfigDict:
     if flat.get(path, 0) > most:
       _put(cfg, path, most)
   if "model.heads" in flat:
-    group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
     heads = min(flat["model.heads"], 4)
-    cfg.model.update(heads=heads, kv_heads=max(heads // max(group, 1), 1), head_dim=16, width=16 * heads)
+    if "model.kv_heads" in flat:
+      group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
+      cfg.model.kv_heads = max(heads // max(group, 1), 1)
+    cfg.model.update(heads=heads, head_dim=16, width=16 * heads)
   cfg.mesh = as_configdict(MeshConfig(partition=cfg.mesh.partition))
   cfg.seeds = tuple(cfg.seeds)[:2]
   return cfg

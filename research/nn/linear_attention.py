@@ -3,6 +3,7 @@
 TransNormerLLM (Qin et al., 2023, arXiv 2307.14995).
 """
 
+from collections.abc import Callable
 import math
 
 from flax import nnx
@@ -85,7 +86,7 @@ class GatedLinearAttention(nnx.Module):
     norm_eps: float,
     partition: Partition,
     policy: Policy,
-    implementation: str | None = None,
+    implementation: str | Callable | None = None,
   ):
     in_key, out_key = jax.random.split(key)
     inner = heads * head_dim

@@ -1,5 +1,7 @@
 """Causal linear attention with exponential decay: lightning attention, retention."""
 
+from collections.abc import Callable
+
 import jax
 from jax import P
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def lightning_attention(
   *,
   segment_ids: jax.Array | None = None,
   initial_state: jax.Array | None = None,
-  implementation: str | None = None,
+  implementation: str | Callable | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """out_t = sum over s <= t of decay^(t-s) (q_t . k_s) v_s; with S_t = decay S_{t-1} + k_t v_t^T, out_t = q_t S_t.
 
@@ -44,8 +46,8 @@ def lightning_attention(
       the last change of the id; the tokens of one document stand together, so an id does not come back.
     initial_state: float32 [batch, heads, d_k, d_v] of what came before, for a row's first segment; None: zeros.
     implementation: "pallas_tpu" (fused, for TPUs), "pallas_gpu" (fused, for NVIDIA GPUs: bfloat16 or float32, head
-      dims up to 256), "xla" (chunked, anywhere), "recurrent" (a token at a time), "reference" (dense), or None
-      for the first that supports the call.
+      dims up to 256), "xla" (chunked, anywhere), "recurrent" (a token at a time), "reference" (dense), None
+      for the first that supports the call, or a function with the arguments of `xla.attention`.
 
   Returns:
     (out [batch, length, heads, d_v] in q's dtype, the state after the last token, float32), accumulated in float32
@@ -58,16 +60,18 @@ def lightning_attention(
   """
   _check(q, k, v, decay, segment_ids, initial_state)
   where = context_parallel.layout(q)
-  obstacles = {"pallas_tpu": pallas_tpu.obstacle(q, v), "pallas_gpu": pallas_gpu.obstacle(q, v)}
-  chosen = dispatch.choose(implementation, obstacles | dict.fromkeys(("xla", "recurrent", "reference")))
+  if not callable(implementation):
+    obstacles = {"pallas_tpu": pallas_tpu.obstacle(q, v), "pallas_gpu": pallas_gpu.obstacle(q, v)}
+    chosen = dispatch.choose(implementation, obstacles | dict.fromkeys(("xla", "recurrent", "reference")))
+    implementation = IMPLEMENTATIONS[chosen]
   q, k, v = (dispatch.place(x, where.qkv) for x in (q, k, v))
   decay = dispatch.place(jnp.asarray(decay), where.decay)
   segment_ids, initial_state = dispatch.place(segment_ids, where.tokens), dispatch.place(initial_state, where.state)
   operands = q, k, v, decay, segment_ids, initial_state
   if context_parallel.parts(where.length) > 1:
-    return context_parallel.attention(IMPLEMENTATIONS[chosen], where, *operands)
+    return context_parallel.attention(implementation, where, *operands)
   specs = (where.qkv, where.qkv, where.qkv, where.decay, where.tokens, where.state)
-  return dispatch.per_shard(IMPLEMENTATIONS[chosen], specs, (where.qkv, where.state))(*operands)
+  return dispatch.per_shard(implementation, specs, (where.qkv, where.state))(*operands)
 
 
 def _check(q, k, v, decay, segment_ids, initial_state):
