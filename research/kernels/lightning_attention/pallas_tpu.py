@@ -137,8 +137,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
     # of each block also the run before it and the one after it: its neighbours' tokens are not at hand
     in_specs.append(pl.BlockSpec((1, 1, s.block), lambda b, g, j: (b, 0, blocks - 1 - j)))
     in_specs.append(pl.BlockSpec((1, 1, blocks + 1), lambda b, g, j: (b, 0, 0), memory_space=pltpu.SMEM))
-    ends = jnp.minimum(s.block * jnp.arange(1, blocks + 1), length) - 1
-    operands += [runs[:, None], jnp.concatenate([runs[:, :1], runs[:, ends]], axis=1)[:, None]]
+    operands += [runs[:, None], _runs_at_ends(runs, s.block)]
   dk, dv, dstate = pl.pallas_call(
     functools.partial(_backward_kernel, s, blocks),
     grid=(batch, groups, blocks),
@@ -341,6 +340,13 @@ def _runs(s: _Shape, runs_ref, start, before):
     runs.append(here)
     ends.append(jnp.max(here))
   return runs, ends
+
+
+def _runs_at_ends(runs, block):
+  """[batch, length] -> [batch, 1, blocks + 1]: the run before each block, and that after the last."""
+  length = runs.shape[1]
+  ends = jnp.minimum(block * jnp.arange(1, pl.cdiv(length, block) + 1), length) - 1
+  return jnp.concatenate([runs[:, :1], runs[:, ends]], axis=1)[:, None]
 
 
 def _state_dot(x, state, contract, exact):
