@@ -13,11 +13,12 @@ from research import mesh as meshes
 from research.errors import UserError
 from research.fit import to_devices
 from research.generation import Sampling, generate
+from research.kernels.lightning_attention.features import phases
 from research.mesh import MeshConfig
 from research.models import convert
 from research.models.decoder import next_token_loss, unstack
 from research.models.transnormer import TransNormer, TransNormerConfig, flops_per_token
-from research.nn.linear_attention import decay_rates, phases
+from research.nn.linear_attention import decay_rates
 from research.nn.norms import SRMSNorm
 from research.nn.precision import POLICIES
 from tests import small

@@ -3,7 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS = {"silu": jax.nn.silu, "1+elu": lambda x: 1 + jax.nn.elu(x), "none": lambda x: x}
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "1+elu": lambda x: jnp.where(x > 0, 1 + x, jnp.exp(jnp.minimum(x, 0))),
+  "none": lambda x: x,
+}
 
 
 def activate(name: str, x: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from research.kernels.lightning_attention.features import ACTIVATIONS
 from research.kernels.lightning_attention.reference import run_numbers
 
 BLOCK = 1024  # tokens of a grid step at most, and between two states that are kept
-BUFFERS = 10 * 2**20  # bytes of VMEM for blocks
+BUFFERS = 6 * 2**20  # bytes of VMEM for blocks
 
 
 def obstacle(qkvu, theta) -> str | None:
