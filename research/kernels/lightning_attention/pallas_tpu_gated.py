@@ -24,7 +24,7 @@ from research.kernels.lightning_attention.features import ACTIVATIONS
 from research.kernels.lightning_attention.reference import run_numbers
 
 BLOCK = 1024  # tokens of a grid step at most, and between two states that are kept
-TOGETHER = 8  # chunks whose products are interleaved
+TOGETHER = 8  # chunks whose products are interleaved, of one head a block
 BUFFERS = 6 * 2**20  # bytes of VMEM for blocks
 
 
@@ -223,7 +223,7 @@ def _backward(x, dout, dsquares, dfinal, rate, theta, positions, runs, kept, act
 
 
 def _in_step(makers):
-  """Runs generators side by side, each to its next `yield` in turn, and returns what they return.
+  """What generators return that are run side by side, each to its next `yield` in turn.
 
   The compiler keeps near to the order it is given: so products of several chunks come to stand
   together, where those of one chunk would wait for each other.
@@ -240,9 +240,10 @@ def _in_step(makers):
 
 
 def _together(s: _Shape, chunks, prepare, finish, states):
-  """The chunks of every head in turn, `TOGETHER` of them prepared in step while those before them are finished."""
+  """The chunks of every head in turn, some of them prepared in step while those before them are finished."""
   steps = [(i, n) for n in chunks for i in range(s.group)]
-  batches = [steps[a : a + TOGETHER] for a in range(0, len(steps), TOGETHER)]
+  count = max(TOGETHER // s.group, 2)  # heads that share lanes take more registers
+  batches = [steps[a : a + count] for a in range(0, len(steps), count)]
   waiting = _in_step([prepare(*step) for step in batches[0]])
   for at, batch in enumerate(batches):
     ready = waiting
