@@ -77,8 +77,8 @@ HEADS, DIM, LENGTH = 32, 128, 8192
 WIDTH = HEADS * DIM
 mesh = topology.make_mesh(MeshConfig(1, 1, 1), topology.parse(name))
 
+# Bytes of everything in the compiled layer, as if all arrays were in HBM and fetched when they are used.
 def moved(length, train):
-  \"""Bytes of everything in the compiled layer, as if all arrays were in HBM and fetched when they are used.\"""
   make = lambda: GatedLinearAttention(
     jax.random.key(0), width=WIDTH, heads=HEADS, head_dim=DIM, lrpe=False, gate=True, activation="silu", norm="srms",
     norm_eps=1e-6, partition=PARTITIONS["fsdp_tp"](), policy=POLICIES["bfloat16"],

@@ -288,11 +288,12 @@ def _head(s: _Shape, x_ref, n, i, start, theta, at) -> _Head:
   activate = lambda x: ACTIVATIONS[s.activation](x)
   raw = [tpu._tokens(s, x_ref, n, s.parts * i + part, s.d, start).astype(jnp.float32) for part in (0, 1)]
   (q, pull_q), (k, pull_k) = (jax.vjp(activate, x) for x in raw)
-  rounded = [x.astype(dtype) for x in (q, k)]
+  rounded = [q.astype(dtype), k.astype(dtype)]
   if theta is None:
     return _Head(*rounded, lambda dq, dk: (pull_q(dq)[0], pull_k(dk)[0], None))
   sin, cos = _sin_cos(at * theta)
-  turned = [jnp.concatenate([x * cos, x * sin], axis=1).astype(dtype) for x in (y.astype(jnp.float32) for y in rounded)]
+  q, k = (x.astype(jnp.float32) for x in rounded)
+  turned = [jnp.concatenate([x * cos, x * sin], axis=1).astype(dtype) for x in (q, k)]
 
   def pull(dq, dk):
     total, raw = jnp.zeros_like(cos), []
