@@ -75,7 +75,7 @@ from research.nn.precision import POLICIES
 
 HEADS, DIM, LENGTH = 32, 128, 8192
 WIDTH = HEADS * DIM
-mesh = topology.make_mesh(MeshConfig(1, 1, 1), topology.parse(name))
+mesh = topology.make_mesh(MeshConfig(1, 1, 1), topology.parse("v5e:1x1"))
 
 # Bytes of everything in the compiled layer, as if all arrays were in HBM and fetched when they are used.
 def moved(length, train):
@@ -165,7 +165,7 @@ def test_a_layer_of_gated_attention_moves_hardly_more_than_it_must():
   At least: q, k, v, u read and the gated output written; then these, and the output's gradient, read, and
   theirs written. More: the states kept for the way back, and one reading of the output for the norm's gradient.
   """
-  forward, both = map(float, compiles(LAYER, "v5e:1x1"))
+  forward, both = map(float, compiles(LAYER, GENERATIONS["v5e"]))
   assert 1 <= forward <= 1.15
   assert 1 <= both <= 1.15
 

@@ -147,7 +147,7 @@ def gated(*args, activation="silu", implementation=None):
 
 
 @pytest.mark.parametrize("name", ["reference", "recurrent", "xla"])
-@pytest.mark.parametrize(("activation", "phased", "parts"), [("silu", True, 4), ("1+elu", False, 3), ("none", True, 4)])
+@pytest.mark.parametrize(("activation", "phased", "parts"), [("silu", True, 4), ("1+elu", False, 3)])
 def test_composed_of_parts_it_is_the_definition_in_float64(name, activation, phased, parts):
   args, cotangents = operands(2, 40, 3, 6, parts=parts, phased=phased)
   got = truth(args, cotangents, functools.partial(gated, activation=activation, implementation=name))
@@ -157,14 +157,13 @@ def test_composed_of_parts_it_is_the_definition_in_float64(name, activation, pha
 
 def test_a_mesh_changes_nothing():
   args, cotangents = operands(4, 40, 4, 8, phased=True)
-  want = value_and_grads(gated, args, cotangents)
-  for shape in ((1, 2, 2), (2, 1, 2)):
-    with jax.set_mesh(make_mesh(MeshConfig(*shape, "fsdp_tp"), jax.devices()[:4])):
-      got = jax.block_until_ready(jax.jit(lambda *args: gated(*args))(*args))
-      grads = jax.jit(jax.grad(lambda qkvu, theta: weighed(gated(qkvu, args[1], theta, *args[3:]), cotangents), (0, 1)))
-      got += jax.block_until_ready(grads(args[0], args[2]))
-    for g, w in zip(got, (*want[:4], want[5]), strict=True):
-      np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+  want = jax.jit(functools.partial(value_and_grads, gated))(args, cotangents)
+  with jax.set_mesh(make_mesh(MeshConfig(1, 2, 2, "fsdp_tp"), jax.devices()[:4])):
+    got = jax.block_until_ready(jax.jit(lambda *args: gated(*args))(*args))
+    grads = jax.jit(jax.grad(lambda qkvu, theta: weighed(gated(qkvu, args[1], theta, *args[3:]), cotangents), (0, 1)))
+    got += jax.block_until_ready(grads(args[0], args[2]))
+  for g, w in zip(got, (*want[:4], want[5]), strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
 def weighed(results, cotangents):

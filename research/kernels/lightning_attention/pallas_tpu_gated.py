@@ -239,10 +239,10 @@ def _in_step(makers):
   return results
 
 
-def _together(s: _Shape, chunks, prepare, finish, states):
+def _together(s: _Shape, exact, chunks, prepare, finish, states):
   """The chunks of every head in turn, some of them prepared in step while those before them are finished."""
   steps = [(i, n) for n in chunks for i in range(s.group)]
-  count = max(TOGETHER // s.group, 2)  # heads that share lanes take more registers
+  count = 2 if exact else max(TOGETHER // s.group, 2)  # float32, and heads that share lanes, take more registers
   batches = [steps[a : a + count] for a in range(0, len(steps), count)]
   waiting = _in_step([prepare(*step) for step in batches[0]])
   for at, batch in enumerate(batches):
@@ -381,7 +381,7 @@ def _forward_kernel(s: _Shape, keep, rate_ref, x_ref, state_ref, *rest):
     out_ref[0, rows, i * s.d : (i + 1) * s.d] = out.astype(out_ref.dtype)
     return f.whole * state + more
 
-  for i, state in enumerate(_together(s, s.chunks, prepare, finish, [acc_ref[i] for i in range(s.group)])):
+  for i, state in enumerate(_together(s, exact, s.chunks, prepare, finish, [acc_ref[i] for i in range(s.group)])):
     acc_ref[i] = state
 
   @pl.when(j == last)
@@ -431,7 +431,7 @@ def _backward_kernel(s: _Shape, blocks, rate_ref, x_ref, dout_ref, dsquares_ref,
     states_ref[i, n] = state
     return whole * state + more
 
-  states = _together(s, s.chunks[:-1], adds, enters, [kept_ref[0, 0, i] for i in range(s.group)])
+  states = _together(s, exact, s.chunks[:-1], adds, enters, [kept_ref[0, 0, i] for i in range(s.group)])
   for i, state in enumerate(states):
     states_ref[i, len(s.chunks) - 1] = state
 
@@ -475,7 +475,9 @@ def _backward_kernel(s: _Shape, blocks, rate_ref, x_ref, dout_ref, dsquares_ref,
       dtheta_ref[0, 0, i : i + 1] += dtheta
     return f.whole * dstate + more
 
-  for i, dstate in enumerate(_together(s, s.chunks[::-1], prepare, finish, [acc_ref[i] for i in range(s.group)])):
+  for i, dstate in enumerate(
+    _together(s, exact, s.chunks[::-1], prepare, finish, [acc_ref[i] for i in range(s.group)])
+  ):
     acc_ref[i] = dstate
 
   @pl.when(j == last)
