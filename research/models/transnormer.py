@@ -22,9 +22,10 @@ import numpy as np
 from research.errors import check
 from research.kernels.dispatch import on_mesh, place
 from research.kernels.lightning_attention.api import IMPLEMENTATIONS, STATE
+from research.kernels.lightning_attention.features import ACTIVATIONS
 from research.mesh import BATCH, PARTITIONS, TOKENS, MeshConfig, Partition
 from research.models import decoder
-from research.nn.linear_attention import ACTIVATIONS, GatedLinearAttention, decay_rates
+from research.nn.linear_attention import GatedLinearAttention, decay_rates
 from research.nn.mlp import GLU
 from research.nn.norms import NORMS
 from research.nn.precision import POLICIES

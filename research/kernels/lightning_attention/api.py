@@ -58,7 +58,7 @@ def lightning_attention(
     UserError: shapes or dtypes that do not fit together or on the mesh, a decay outside (0, 1] or ids that come
       back (where their values are known), an unknown implementation or a named one that cannot run this call.
   """
-  _check(q, k, v, decay, segment_ids, initial_state)
+  check_call(q, k, v, decay, segment_ids, initial_state)
   where = context_parallel.layout(q)
   if not callable(implementation):
     obstacles = {"pallas_tpu": pallas_tpu.obstacle(q, v), "pallas_gpu": pallas_gpu.obstacle(q, v)}
@@ -74,7 +74,7 @@ def lightning_attention(
   return dispatch.per_shard(implementation, specs, (where.qkv, where.state))(*operands)
 
 
-def _check(q, k, v, decay, segment_ids, initial_state):
+def check_call(q, k, v, decay, segment_ids, initial_state):
   check(q.ndim == 4, "q", q.shape, "use [batch, length, heads, d_k]")
   check(k.shape == q.shape, "k", k.shape, f"q has shape {q.shape}; give q and k one shape")
   check(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", v.shape, f"use {q.shape[:3]} and d_v")

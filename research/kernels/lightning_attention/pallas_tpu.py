@@ -30,6 +30,7 @@ from research.kernels.lightning_attention.tpu_products import (
 )
 
 CHUNK = 64  # tokens between two states
+LARGEST_GROUP = 1024  # numbers a token of the heads that a program has: it is unrolled over them
 BLOCK = 1024  # tokens of a grid step, of one bfloat16 head of 128
 FORWARD_AHEAD, BACKWARD_AHEAD = 2, 1  # chunks: fewer leave the matrix units idle, more spill registers
 
@@ -42,6 +43,9 @@ def obstacle(q, v) -> str | None:
     return f"the TPU kernel takes bfloat16 or float32, not {q.dtype}"
   if max(q.shape[-1], v.shape[-1]) > 512:
     return f"the TPU kernel takes head dimensions up to 512, not {max(q.shape[-1], v.shape[-1])}"
+  s = _shape(q, v, None, None)
+  if s.group * max(s.d_k, s.d_v) > LARGEST_GROUP:
+    return f"the TPU kernel cannot hold {s.heads} heads of {q.shape[-1]} together, and no fewer fill whole lanes"
   return None
 
 
@@ -144,7 +148,7 @@ def _forward(q, k, v, rate, runs, state, block, interpret, dtype=None):
       jax.ShapeDtypeStruct(state.shape, jnp.float32),
     ],
     scratch_shapes=[*_scratch(s, FORWARD_AHEAD, scores=1), pltpu.SMEM((1,), jnp.int32)],  # and the state's run
-    compiler_params=_PARAMS,
+    compiler_params=PARAMS,
     cost_estimate=_cost(batch, heads // s.joint, s, q.dtype, products=1),
     interpret=interpret,
     name="lightning_attention_fwd",
@@ -165,8 +169,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
     # of each block also the run before it and the one after it: its neighbours' tokens are not at hand
     in_specs.append(pl.BlockSpec((1, 1, s.block), lambda b, g, j: (b, 0, blocks - 1 - j)))
     in_specs.append(pl.BlockSpec((1, 1, blocks + 1), lambda b, g, j: (b, 0, 0), memory_space=pltpu.SMEM))
-    ends = jnp.minimum(s.block * jnp.arange(1, blocks + 1), length) - 1
-    operands += [runs[:, None], jnp.concatenate([runs[:, :1], runs[:, ends]], axis=1)[:, None]]
+    operands += [runs[:, None], runs_at_ends(runs, s.block)]
   dk, dv, dstate = pl.pallas_call(
     functools.partial(_backward_kernel, s, blocks),
     grid=(batch, groups, blocks),
@@ -178,7 +181,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
       jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     ],
     scratch_shapes=_scratch(s, BACKWARD_AHEAD, scores=2),
-    compiler_params=_PARAMS,
+    compiler_params=PARAMS,
     cost_estimate=_cost(batch, heads // s.joint, s, q.dtype, products=2),
     interpret=interpret,
     name="lightning_attention_bwd",
@@ -186,7 +189,7 @@ def _backward(q, k, v, dout, rate, runs, dfinal, block, interpret):
   return dk.reshape(k.shape), dv.reshape(v.shape), dstate
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def _flat(x):
@@ -228,7 +231,7 @@ def _rates(s: _Shape, rate_ref):
   return [jnp.where(iota((1, LANES), 1) < LANES // 2, *rates[h : h + 2]) for h in range(0, s.heads, 2)]
 
 
-def _make_powers(s: _Shape, rates, within_ref, enter_ref, leave_ref, turned=False):
+def make_powers(s: _Shape, rates, within_ref, enter_ref, leave_ref, turned=False):
   """turned: within a chunk, rows are the tokens attended to and columns those that attend."""
   c, shape = s.chunk, within_ref.shape[1:]
   for i, rate in enumerate(rates):
@@ -238,7 +241,7 @@ def _make_powers(s: _Shape, rates, within_ref, enter_ref, leave_ref, turned=Fals
     leave_ref[i] = _power(rate, c - 1 - iota((c, LANES), 0))
 
 
-def _wide(x, d: int):
+def wide(x, d: int):
   """[rows, LANES] of equal columns -> [rows, d]."""
   if d == LANES:
     return x
@@ -260,7 +263,7 @@ class _Chunk(NamedTuple):
   whole: jax.Array  # scalar, or [1, LANES]
 
 
-def _chunk(s: _Shape, i, rate, start, runs, before, after, within_ref, enter_ref, leave_ref) -> _Chunk:
+def powers_of(s: _Shape, i, rate, start, runs, before, after, within_ref, enter_ref, leave_ref) -> _Chunk:
   """start: of the chunk in the row; runs: int32 [1, chunk] or None; before, after: the state's run on either side."""
   c = s.chunk
   within, enter, leave, whole = within_ref[i], enter_ref[i], leave_ref[i], jnp.exp(rate * c)
@@ -279,7 +282,7 @@ def _chunk(s: _Shape, i, rate, start, runs, before, after, within_ref, enter_ref
   return _Chunk(within, enter, leave, whole)
 
 
-def _tokens(s: _Shape, ref, n, i, d, start):
+def tokens_of(s: _Shape, ref, n, i, d, start):
   """Chunk n of head i of a block; zeros beyond the row's end, where anything may stand."""
   x = ref[0, pl.ds(n * s.chunk, s.chunk), i * d : (i + 1) * d]
   if s.ragged:
@@ -312,17 +315,17 @@ def _forward_kernel(s: _Shape, rate_ref, q_ref, k_ref, v_ref, state_ref, *rest):
     acc_ref[...] = jnp.zeros_like(acc_ref)
     for h, ref in enumerate(_heads(s, acc_ref)):
       ref[...] = state_ref[0, h]
-    _make_powers(s, rates, *powers)
+    make_powers(s, rates, *powers)
     run_ref[0] = 0
 
   chunks, ring = range(s.block // s.chunk), states_ref.shape[1]
   runs, ends = [None] * len(chunks), [None] * (len(chunks) + 1)
   if s.packed:
-    runs, ends = _runs(s, runs_ref, j * s.block, run_ref[0])
+    runs, ends = runs_of(s, runs_ref, j * s.block, run_ref[0])
     run_ref[0] = ends[-1]
   start = lambda n: j * s.block + n * s.chunk
-  chunk = lambda i, n: _chunk(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
-  tokens = lambda ref, i, n, d: _tokens(s, ref, n, i, d, start(n))
+  chunk = lambda i, n: powers_of(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
+  tokens = lambda ref, i, n, d: tokens_of(s, ref, n, i, d, start(n))
   for i in range(s.group):
     park(states_ref.at[i, 0], acc_ref[i])
 
@@ -330,14 +333,14 @@ def _forward_kernel(s: _Shape, rate_ref, q_ref, k_ref, v_ref, state_ref, *rest):
     """Scores, and the state after the chunk."""
     f, k = chunk(i, n), tokens(k_ref, i, n, s.d_k)
     write_scores(s, scores_ref.at[i, n % ring], tokens(q_ref, i, n, s.d_k), k, f)
-    leaving = _wide(f.leave, s.d_v) * tokens(v_ref, i, n, s.d_v).astype(jnp.float32)
+    leaving = wide(f.leave, s.d_v) * tokens(v_ref, i, n, s.d_v).astype(jnp.float32)
     acc_ref[i] = state = f.whole * acc_ref[i] + outer(s, k, leaving)
     if n != chunks[-1]:
       park(states_ref.at[i, (n + 1) % ring], state)
 
   def finish(i, n):
     q = tokens(q_ref, i, n, s.d_k)
-    out = _wide(chunk(i, n).enter, s.d_v) * state_dot(q, states_ref.at[i, n % ring], (1, 0))
+    out = wide(chunk(i, n).enter, s.d_v) * state_dot(q, states_ref.at[i, n % ring], (1, 0))
     out += scores_dot(s, scores_ref.at[i, n % ring], tokens(v_ref, i, n, s.d_v))
     out_ref[0, pl.ds(n * s.chunk, s.chunk), i * s.d_v : (i + 1) * s.d_v] = out.astype(out_ref.dtype)
 
@@ -349,7 +352,7 @@ def _forward_kernel(s: _Shape, rate_ref, q_ref, k_ref, v_ref, state_ref, *rest):
       final_ref[0, h] = ref[...]
 
 
-def _runs(s: _Shape, runs_ref, start, before):
+def runs_of(s: _Shape, runs_ref, start, before):
   """(int32 [1, chunk] of each chunk of a block, the runs at their ends with `before` in front).
 
   Beyond the row's end the run is that of its last token.
@@ -365,6 +368,13 @@ def _runs(s: _Shape, runs_ref, start, before):
   return runs, ends
 
 
+def runs_at_ends(runs, block):
+  """[batch, length] -> [batch, 1, blocks + 1]: the run before each block, and that after the last."""
+  length = runs.shape[1]
+  ends = jnp.minimum(block * jnp.arange(1, pl.cdiv(length, block) + 1), length) - 1
+  return jnp.concatenate([runs[:, :1], runs[:, ends]], axis=1)[:, None]
+
+
 def _backward_kernel(s: _Shape, blocks, rate_ref, q_ref, k_ref, v_ref, dout_ref, dfinal_ref, *rest):
   runs_ref, ends_ref = rest[:2] if s.packed else (None, None)
   dk_ref, dv_ref, dstate_ref, acc_ref, *powers, states_ref, scores_ref, dscores_ref = rest[2 * s.packed :]
@@ -376,16 +386,16 @@ def _backward_kernel(s: _Shape, blocks, rate_ref, q_ref, k_ref, v_ref, dout_ref,
     acc_ref[...] = jnp.zeros_like(acc_ref)
     for h, ref in enumerate(_heads(s, acc_ref)):
       ref[...] = dfinal_ref[0, h]
-    _make_powers(s, rates, *powers, turned=True)
+    make_powers(s, rates, *powers, turned=True)
 
   at = blocks - 1 - j
   chunks, ring = range(s.block // s.chunk), states_ref.shape[1]
   runs, ends = [None] * len(chunks), [None] * (len(chunks) + 1)
   if s.packed:
-    runs, ends = _runs(s, runs_ref, at * s.block, ends_ref[0, 0, at])
+    runs, ends = runs_of(s, runs_ref, at * s.block, ends_ref[0, 0, at])
   start = lambda n: at * s.block + n * s.chunk
-  chunk = lambda i, n: _chunk(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
-  tokens = lambda ref, i, n, d: _tokens(s, ref, n, i, d, start(n))
+  chunk = lambda i, n: powers_of(s, i, rates[i], start(n), runs[n], ends[n], ends[n + 1], *powers)
+  tokens = lambda ref, i, n, d: tokens_of(s, ref, n, i, d, start(n))
   for i in range(s.group):
     park(states_ref.at[i, chunks[-1] % ring], acc_ref[i])
 
@@ -394,15 +404,15 @@ def _backward_kernel(s: _Shape, blocks, rate_ref, q_ref, k_ref, v_ref, dout_ref,
     f, q, dout = chunk(i, n), tokens(q_ref, i, n, s.d_k), tokens(dout_ref, i, n, s.d_v)
     write_scores(s, scores_ref.at[i, n % ring], tokens(k_ref, i, n, s.d_k), q, f)
     write_scores(s, dscores_ref.at[i, n % ring], tokens(v_ref, i, n, s.d_v), dout, f)
-    entering = _wide(f.enter, s.d_v) * dout.astype(jnp.float32)
+    entering = wide(f.enter, s.d_v) * dout.astype(jnp.float32)
     acc_ref[i] = dstate = f.whole * acc_ref[i] + outer(s, q, entering)
     if n:
       park(states_ref.at[i, (n - 1) % ring], dstate)
 
   def finish(i, n):
     f, rows, dstate = chunk(i, n), pl.ds(n * s.chunk, s.chunk), states_ref.at[i, n % ring]
-    dk = _wide(f.leave, s.d_k) * state_dot(tokens(v_ref, i, n, s.d_v), dstate, (1, 1))
-    dv = _wide(f.leave, s.d_v) * state_dot(tokens(k_ref, i, n, s.d_k), dstate, (1, 0))
+    dk = wide(f.leave, s.d_k) * state_dot(tokens(v_ref, i, n, s.d_v), dstate, (1, 1))
+    dv = wide(f.leave, s.d_v) * state_dot(tokens(k_ref, i, n, s.d_k), dstate, (1, 0))
     dk += scores_dot(s, dscores_ref.at[i, n % ring], tokens(q_ref, i, n, s.d_k))
     dv += scores_dot(s, scores_ref.at[i, n % ring], tokens(dout_ref, i, n, s.d_v))
     dk_ref[0, rows, i * s.d_k : (i + 1) * s.d_k] = dk.astype(dk_ref.dtype)

@@ -7,7 +7,7 @@ halves stand side by side along the contraction where a chunk of 64 fills half a
 Two heads of 64 share the lanes of a register, and are taken as one of 128: their states are
 the blocks of a diagonal, and their scores stand side by side. A NaN of one reaches the other.
 
-`s` is the shape of a kernel, of pallas_tpu.py.
+`s` is the shape of a kernel, of pallas_tpu.py or pallas_tpu_gated.py.
 """
 
 import jax
@@ -42,6 +42,23 @@ def dot(a, b, contract):
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   numbers = (((contract[0],), (contract[1],)), ((), ()))
   return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def split(s, x):
+  """float32 as the operands of the matrix units that add up to it."""
+  return [x] if s.parts == 1 else [half.astype(s.dtype) for half in halves(x)]
+
+
+def split_dot(s, wide, narrow, contract):
+  """`wide` float32 times `narrow`: the halves one after the other along the contraction."""
+  if s.parts == 2:
+    wide = jnp.concatenate(halves(wide), axis=contract[0]).astype(s.dtype)
+  return dot(wide, jnp.concatenate([narrow] * s.parts, axis=contract[1]), contract)
+
+
+def wide_dot(s, narrow, wide, contract):
+  """`narrow` times `wide` float32, a product for each half."""
+  return sum(dot(narrow, half, contract) for half in split(s, wide))
 
 
 def write_scores(s, ref, a, b, f):
