@@ -293,6 +293,15 @@ def test_a_kernel_by_name_that_cannot_run_says_why_and_the_automatic_choice_runs
     assert call(None)[0].shape == (2, 10, 4, d_v)
 
 
+@pytest.mark.parametrize(("heads", "runs"), [(80, False), (10, True)])  # on two devices each; 32 of 100 fill whole lanes
+def test_heads_that_fill_no_whole_lanes_run_on_a_tpu_kernel_only_if_they_are_few(heads, runs):
+  q = jax.ShapeDtypeStruct((2, 10, heads, 100), "bfloat16")
+  with jax.sharding.use_abstract_mesh(OF_V5E):
+    obstacle = pallas_tpu.obstacle(q, q)
+  assert (obstacle is None) == runs
+  assert obstacle is None or "heads of 100 together, and no fewer fill whole lanes" in obstacle
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(("d_k", "d_v"), [(1, 1), (5, 3), (33, 127)])
 def test_the_automatic_choice_takes_what_the_reference_takes(dtype, d_k, d_v):

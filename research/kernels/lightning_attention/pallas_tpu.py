@@ -43,7 +43,9 @@ def obstacle(q, v) -> str | None:
     return f"the TPU kernel takes bfloat16 or float32, not {q.dtype}"
   if max(q.shape[-1], v.shape[-1]) > 512:
     return f"the TPU kernel takes head dimensions up to 512, not {max(q.shape[-1], v.shape[-1])}"
-  s = _shape(q, v, None, None)
+  batch, length, heads, _ = q.shape
+  local = lambda x: jax.ShapeDtypeStruct((batch, length, heads // dispatch.axis_size("model"), x.shape[-1]), x.dtype)
+  s = _shape(local(q), local(v), None, None)
   if s.group * max(s.d_k, s.d_v) > LARGEST_GROUP:
     return f"the TPU kernel cannot hold {s.heads} heads of {q.shape[-1]} together, and no fewer fill whole lanes"
   return None
