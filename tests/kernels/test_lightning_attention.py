@@ -293,7 +293,7 @@ def test_a_kernel_by_name_that_cannot_run_says_why_and_the_automatic_choice_runs
     assert call(None)[0].shape == (2, 10, 4, d_v)
 
 
-@pytest.mark.parametrize(("heads", "runs"), [(80, False), (10, True)])  # on two devices each; 32 of 100 fill whole lanes
+@pytest.mark.parametrize(("heads", "runs"), [(80, False), (10, True)])  # half on each device; 32 fill lanes
 def test_heads_that_fill_no_whole_lanes_run_on_a_tpu_kernel_only_if_they_are_few(heads, runs):
   q = jax.ShapeDtypeStruct((2, 10, heads, 100), "bfloat16")
   with jax.sharding.use_abstract_mesh(OF_V5E):
