@@ -9,8 +9,10 @@ check what the file wrote, and name the choices in every message.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import pathlib
 import types
@@ -224,6 +226,11 @@ def as_configdict(value: Any) -> Any:
 def flat(cfg: Any) -> dict[str, Any]:
   """A frozen config as {dotted path: value}."""
   return dict(_flatten(as_configdict(cfg)))
+
+
+def digest(tree: Any) -> str:
+  """A short hash of what JSON can write."""
+  return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _get_config(path: str, arg: str) -> ConfigDict:
