@@ -35,8 +35,8 @@ from research.tools.params import path_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
-# What --all plans for: a host, and the sizes that the papers' runs are of.
-MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "h100:8")
+# What --all plans for: a host, and the sizes that the papers' runs are of; the largest is for more than 100B parameters.
+MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:16x16x16", "h100:8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,8 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
 
   fixes: where it does not fit, look for the cheapest change that does.
   """
-  mesh = topology.make_mesh(cfg.mesh, pod)
   check_batch(cfg, pod)
+  mesh = topology.make_mesh(cfg.mesh, pod)
   with jax.set_mesh(mesh):
     exp = config.experiment_module(cfg.experiment).build(cfg)
     state, batch = on_devices(abstract_state(exp)), on_devices(abstract_batch(exp))
