@@ -35,7 +35,7 @@ from research.tools.params import path_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
-# What --all plans for: a host, and the sizes that the papers' runs are of; the largest is for more than 100B parameters.
+# What --all plans for: a host, and the sizes that the papers' runs are of, the largest for more than 100B parameters.
 MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:16x16x16", "h100:8")
 
 

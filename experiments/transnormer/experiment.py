@@ -24,7 +24,7 @@ ARCHITECTURES = ("transnormer", "quadratic", "transformer")
 class Config(RunConfig):
   experiment: str = "transnormer"
   architecture: Literal[*ARCHITECTURES] = "transnormer"
-  report: Literal["loss", "ablations", "lengths", "stability"] = "loss"
+  report: Literal["loss", "ablations", "lengths", "stability", "generation"] = "loss"
   model: TransNormerConfig = TransNormerConfig()  # architecture=transformer: the peer of these sizes
   data: TextConfig = TextConfig()
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from experiments.transnormer.reports import ablations, lengths, stability
+from experiments.transnormer.reports import ablations, generation, lengths, stability
 from experiments.transnormer.reports.common import label
 from research import comparison, paths
 from research.config import RunConfig
@@ -12,6 +12,7 @@ REPORTS = {
   "ablations": ablations.report,
   "lengths": lengths.report,
   "stability": stability.report,
+  "generation": generation.report,
 }
 
 
