@@ -1,9 +1,10 @@
 """Generation: time of a token and memory of the cache after 1k to 256k tokens, beside the transformer's at equal size.
 
 arXiv 2307.14995 has 2819.6 tokens a second of 7B parameters on an A100 (512 tokens before them, up to 1024 more) where
-LLaMA-7B has 537.8, and a state of one size. Here one row on a CPU; what is measured is the growth, not the ratio. The
-transformer's cache is filled with zeros, not by a prefill: what a step costs does not depend on what it holds. Both are
-trained for a few steps only, since what they say does not matter either.
+LLaMA-7B has 537.8, and a state of one size. Here one row on a CPU; what is measured is the growth, not the ratio: XLA
+transposes the keys and values of each layer for every token there, about three times the bytes that have to be read.
+The transformer's cache is filled with zeros, not by a prefill: what a step costs does not depend on what it holds.
+Both are trained for a few steps only, since what they say does not matter either.
 Cost: about 4 minutes on 2 CPU cores and 4 GB of memory; a record wants a machine where nothing else runs.
 
   python -m experiments.transnormer --config=experiments/transnormer/configs/generation.py
