@@ -1,4 +1,7 @@
-"""What a token costs to generate after a text of any length: time, and the memory of what is kept of the text."""
+"""What a token costs to generate after a text of any length: time, and the memory of what is kept of the text.
+
+On a CPU time is the processor's, of all threads together: other programs on the machine do not count.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +12,7 @@ import jax
 from jax import P
 from jax import numpy as jnp
 
-from research.kernels.dispatch import place
+from research.kernels.dispatch import place, platform
 from research.models.decoder import Decoder
 from research.nn.attention import Cache
 
@@ -62,6 +65,7 @@ class Decoding:
 
   def __call__(self) -> float:
     cache = jax.block_until_ready(self.fill(self.model))
-    start = time.perf_counter()
+    clock = time.process_time if platform() == "cpu" else time.perf_counter
+    start = clock()
     jax.block_until_ready(self.run(self.model, cache))
-    return (time.perf_counter() - start) / self.tokens
+    return (clock() - start) / self.tokens

@@ -5,7 +5,7 @@ LLaMA-7B has 537.8, and a state of one size. Here one row on a CPU; what is meas
 transposes the keys and values of each layer for every token there, about three times the bytes that have to be read.
 The transformer's cache is filled with zeros, not by a prefill: what a step costs does not depend on what it holds.
 Both are trained for a few steps only, since what they say does not matter either.
-Cost: about 4 minutes on 2 CPU cores and 4 GB of memory; a record wants a machine where nothing else runs.
+Cost: about 3 minutes on 2 CPU cores and 5 GB of memory.
 
   python -m experiments.transnormer --config=experiments/transnormer/configs/generation.py
 """

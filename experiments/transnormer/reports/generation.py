@@ -10,6 +10,7 @@ from experiments.transnormer.reports.common import label
 from research import config, paths, runs
 from research import report as parts
 from research.config import RunConfig
+from research.kernels.dispatch import platform
 
 CONTEXTS = (1, 4, 16, 64, 256)  # rows' lengths
 TOKENS, TURNS = 8, 5
@@ -24,11 +25,19 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       for arm, found in measure(models, context).items():
         by_arm[arm].append(found)
   parameters = {arm: sum(x.size for x in jax.tree.leaves(model)) for arm, model in models.items()}
-  timing = {"rows": decoding.ROWS, "tokens_a_turn": TOKENS, "turns": TURNS}
+  timing = {
+    "rows": decoding.ROWS,
+    "tokens_a_turn": TOKENS,
+    "turns": TURNS,
+    "clock": "processor" if platform() == "cpu" else "wall",
+  }
   parts.write_results(workdir, {"parameters": parameters, "timing": timing, "arms": by_arm})
 
   fig, axes = parts.figure(2)
-  panels = (("ms", "milliseconds a token", "Time of a token"), ("megabytes", "MB", "Memory of the cache"))
+  panels = (
+    ("ms", "processor time, ms a token" if platform() == "cpu" else "ms a token", "Time of a token"),
+    ("megabytes", "MB", "Memory of the cache"),
+  )
   for ax, (name, unit, title) in zip(axes, panels, strict=True):
     for i, (arm, found) in enumerate(by_arm.items()):
       ax.plot([f["context"] for f in found], [f[name] for f in found], label=label(arm), **parts.style(i))
@@ -42,7 +51,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   told = f"the least of {TURNS} turns of {TOKENS} tokens"
   fig.suptitle(f"Decoding {decoding.ROWS} row, {sizes} parameters, {jax.devices()[0].device_kind}: {told}", fontsize=10)
   rows = [
-    [label(arm), f"{f['context']:,}", f"{f['ms']:.2f}", f"{1e3 / f['ms']:,.0f}", f"{f['megabytes']:,.2f}"]
+    [label(arm), f"{f['context']:,}", f"{f['ms']:.2f}", f"{1e3 / f['ms']:,.1f}", f"{f['megabytes']:,.2f}"]
     for arm, found in by_arm.items()
     for f in found
   ]
