@@ -326,9 +326,8 @@ def suggest(whole: Plan, cfg: config.RunConfig, pod: Topology) -> list[tuple[str
   stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
   candidates += [[f"model.remat={kind}"] for kind in stronger[fields.get("model.remat", "full")]]
   if cfg.mesh.partition == "fsdp_tp":
-    candidates += [
-      [f"mesh.model={n}"] for n in _doublings(2 * sizes["model"], min(fields.get("model.kv_heads", fields.get("model.heads", 1)), 16))
-    ]
+    heads = fields.get("model.kv_heads", fields.get("model.heads", 1))
+    candidates += [[f"mesh.model={n}"] for n in _doublings(2 * sizes["model"], min(heads, 16))]
   candidates.append(["tx.moments=bfloat16"])
   least = [f"accumulate={rows}"] * (rows > 1) + ["model.remat=full"] * ("model.remat" in fields)
   candidates += [least, [*least, "tx.moments=bfloat16"]] if least else []
