@@ -75,7 +75,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mixture" else pytest.mark.slow) for n in SAMPLERS])
 def test_strings_are_drawn_as_often_as_their_law_says(name):
   sampler, mix = SAMPLERS[name]
   expected = np.exp(tokenwise(mix))

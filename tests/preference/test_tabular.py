@@ -280,3 +280,17 @@ def test_xpo_learns_from_all_comparisons_so_far():
   assert float(second.data.count) == 6
   assert float(second.data.second.sum()) == 6
   assert (np.asarray(second.data.wins) >= np.asarray(first.data.wins)).all()
+
+
+def test_of_a_finite_class_xpo_tries_the_arm_nobody_has_seen_and_with_the_sign_turned_never():
+  # two arms: a base of reward 1/2 and a rare one, of which only comparisons of the base with itself are known
+  b = 0.03
+  rare = np.exp(-1 / (8 * b))
+  log_r = np.log([1 - rare, rare])
+  class_ = np.stack([log_r, log_softmax(log_r + np.array([0.5, 1]) / b), log_softmax(log_r + np.array([0.5, 0]) / b)])
+  data = comparisons.observed(2, jnp.zeros(20, int), jnp.zeros(20, int), jnp.ones(20))
+  objective = jax.jit(jax.vmap(comparisons.xpo_objective, in_axes=(0, None, None, None, None)))
+  of = lambda alpha: np.asarray(objective(class_, log_r, data, b, alpha))
+  np.testing.assert_allclose(of(0.0), 20 * np.log(2), rtol=1e-12)  # DPO cannot tell them apart
+  assert np.argmin(of(1e-3)) == 1
+  assert np.argmin(of(-1e-3)) == 2
