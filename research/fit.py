@@ -38,6 +38,8 @@ class Experiment:
   info: () -> what the manifest says of the data. The first call reads the data and
     raises UserError for what is wrong with it; building an experiment reads nothing.
   batch: () -> shapes and dtypes of a whole batch of all processes, to compile without data; reads nothing.
+  train_step: what a paper has that changes the update, (exp, cfg, state, batch) -> (state, metrics), with the
+    metrics "loss", "grad_norm" and "update_norm"; None: `default_train_step`.
   """
 
   init: Callable[[jax.Array], Any]
@@ -48,6 +50,7 @@ class Experiment:
   flops_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
   info: Callable[[], dict[str, Any]] = dict
   batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
+  train_step: Callable[..., Any] | None = None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "model", "opt", "key"], meta_fields=[])
@@ -124,12 +127,12 @@ def on_devices(tree: Any) -> Any:
 
 
 def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState, train_step=None):
-  """`train_step` (default: `default_train_step`) as it is compiled: the old state is given up for the new.
+  """`train_step` (default: the experiment's) as it is compiled: the old state is given up for the new.
 
   state: any that has shapes and shardings, as from `abstract_state`.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = functools.partial(train_step or default_train_step, exp, cfg)
+  step = functools.partial(train_step or exp.train_step or default_train_step, exp, cfg)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -178,7 +181,7 @@ def fit(
   *,
   resume: Checkpoints | None = None,
   init_from: Callable[[Any], Any] | None = None,
-  train_step=default_train_step,
+  train_step=None,
 ) -> TrainState:
   """Trains to `cfg.steps` under the current mesh and returns the last state.
 

@@ -1,0 +1,14 @@
+"""Figures and tables of a finished workdir; `--config.report` names one."""
+
+from experiments.prefgames.reports import gaps
+from research import paths
+from research.config import RunConfig
+
+REPORTS = {
+  "gaps": gaps.report,
+}
+
+
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
+  """Writes report/ of a finished workdir, and prints the table and where the figure is."""
+  REPORTS[cfg.report](workdir, cfg)
