@@ -7,6 +7,7 @@ or Ctrl-C after saving: run it again. Of several processes all end with the same
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -71,8 +72,19 @@ def run(build, report) -> None:
   check(args.workdir != "", "workdir", "''", "name a directory, or leave --workdir out")
   workdir = paths.parse(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
-  with jax.enable_x64(cfg.x64):
+  with double(cfg.x64):
     run_all(build, report, cfg, args.config, overrides, workdir)
+
+
+@contextlib.contextmanager
+def double(x64: bool):
+  """Float64 for what names no dtype, in every thread: orbax restores in its own, which `jax.enable_x64` does not reach."""
+  before = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", x64)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_x64", before)
 
 
 def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str], workdir: paths.Path) -> None:

@@ -89,6 +89,7 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   check(cfg.accumulate == 1, "accumulate", cfg.accumulate, "games are not split into micro-batches; use 1")
   load = functools.partial(draw, table.kinds, cfg.seed, cfg.batch, cfg.length, table.b)
   rule = RULES[table.rule]()
+  everywhere = jax.jit(functools.partial(_everywhere, table))
 
   def data(split):
     index, count = batch_shard(jax.sharding.get_mesh())
@@ -111,7 +112,7 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
     data=data,
     batch=batch,
     tx=optax.GradientTransformation(lambda model: rule.init(model.theta[...]) if rule else (), optax.identity().update),
-    evals={kind: functools.partial(_summary, table, load, i) for i, kind in enumerate(table.kinds)},
+    evals={kind: functools.partial(_summary, table, load, everywhere, i) for i, kind in enumerate(table.kinds)},
     flops_per_token={"win rates": 2.0 * cfg.length * len(table.rates) * table.updates * fields(table.method)},
     info=lambda: {"source": " and ".join(table.kinds), "games": cfg.batch, "responses": cfg.length},
     train_step=functools.partial(_train_step, table, rule),
@@ -130,18 +131,20 @@ def _train_step(table: TableConfig, rule, exp: Experiment, cfg: RunConfig, state
   key = jax.random.fold_in(state.key, state.step)
   games_spec = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
   opt_spec = jax.tree.map(lambda x: STACK if x.ndim == 3 else P(), state.opt)
-  moved = (model.theta[...], model.anchor[...], model.total[...], state.opt)
+  # moments stand on every device between steps
+  moved = (model.theta[...], model.anchor[...], model.total[...], jax.tree.map(jax.reshard, state.opt, opt_spec))
   specs = (STACK, STACK, STACK, opt_spec)
   run = jax.shard_map(
     functools.partial(_updates, table, rule), in_specs=(specs, games_spec, P(), P()), out_specs=specs, check_vma=False
   )
-  (theta, anchor, total, opt) = run(moved, batch, key, state.step * table.updates)
+  theta, anchor, total, opt = run(moved, batch, key, state.step * table.updates)
+  opt = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), opt)
   new = jax.tree.unflatten(jax.tree.structure(model), _in_order(model, theta, anchor, total))
   before, after = (_measures(table, t, batch)["kl"] for t in (model.theta[...], theta))
   size = jnp.sqrt(jnp.sum((theta - model.theta[...]) ** 2))
   metrics = {"loss": _mean(_measures(table, theta, batch)["gap"]).value}
   metrics |= {"update_norm": size, "grad_norm": size / table.updates}
-  metrics |= _by_rate(table, "contraction", _contraction(table, before, after))
+  metrics |= _by_rate(table, "contraction", _contraction(before, after))
   return TrainState(state.step + 1, new, opt, state.key), metrics
 
 
@@ -211,14 +214,13 @@ def _measures(table: TableConfig, theta: jax.Array, batch) -> dict[str, jax.Arra
   }
 
 
-def _contraction(table: TableConfig, before: jax.Array, after: jax.Array) -> jax.Array:
-  """[rates]: the largest of KL after / KL before, over the theorem's factor (1 - eta b)^updates: at most 1 where it holds.
+def _contraction(before: jax.Array, after: jax.Array) -> jax.Array:
+  """[rates]: the largest ratio over games of KL(equilibrium || policy) after a step of the loop to that before.
 
-  Games at the equilibrium but for rounding are left out.
+  EGPO's theorem has (1 - eta b) for one update. Games at the equilibrium but for rounding are left out.
   """
-  factor = jnp.maximum(1 - jnp.asarray(table.rates, before.dtype) * table.b, 0) ** table.updates
   ratio = jnp.where(before > 1e-10, after / jnp.maximum(before, 1e-10), 0)
-  return jnp.max(jnp.nan_to_num(ratio, nan=jnp.inf), axis=1) / jnp.maximum(factor, 1e-30)
+  return jnp.max(jnp.nan_to_num(ratio, nan=jnp.inf), axis=1)
 
 
 def _loss(table: TableConfig, model: Policies, batch, key) -> dict[str, Mean]:
@@ -232,20 +234,24 @@ def _mean(gap: jax.Array) -> Mean:
   return Mean(jnp.sum(gap), jnp.asarray(gap.size, gap.dtype))
 
 
-def _summary(table: TableConfig, load, kind: int, model: Policies) -> dict[str, np.ndarray]:
+def _summary(table: TableConfig, load, everywhere, kind: int, model: Policies) -> dict[str, np.ndarray]:
   """For each rate, of the games of one kind: medians, and the share of games that failed."""
-  model = jax.jit(lambda model: jax.tree.map(lambda x: jax.reshard(x, P(None, None, None)), model))(model)
-  theta, total = np.asarray(model.theta[...]), np.asarray(model.total[...])
-  size = theta.shape[1] // len(table.kinds)
-  mine = slice(kind * size, (kind + 1) * size)
-  rows, theta, total = {name: x[mine] for name, x in load().items()}, theta[:, mine], total[:, mine]
-  found = {name: np.asarray(x) for name, x in _measures(table, theta, rows).items()}
-  average = total + np.exp(np.asarray(jax.nn.log_softmax(theta)))
-  average /= average.sum(-1, keepdims=True)
-  found["original_average"] = np.asarray(games.original_gap(np.einsum("gij,egj->egi", rows["preferences"], average)))
+  found = {name: np.asarray(x) for name, x in everywhere(model, load()).items()}
+  size = found["gap"].shape[1] // len(table.kinds)
+  found = {name: x[:, kind * size : (kind + 1) * size] for name, x in found.items()}
   failed = ~(found["gap"] <= FAILED)  # written so that NaN fails too
-  out = {name: np.median(np.nan_to_num(x, nan=np.inf), axis=1) for name, x in found.items()} | {"failed": failed.mean(1)}
+  out = {name: np.median(np.nan_to_num(x, nan=np.inf), axis=1) for name, x in found.items()} | {
+    "failed": failed.mean(1)
+  }
   return {key: x for name, values in out.items() for key, x in _by_rate(table, name, values).items()}
+
+
+def _everywhere(table: TableConfig, model: Policies, rows) -> dict[str, jax.Array]:
+  """`_measures` of every policy, and the original game's gap of the average policies, on every device."""
+  theta, total = (jax.reshard(x[...], P(None, None, None)) for x in (model.theta, model.total))
+  average = total + jax.nn.softmax(theta)
+  q = games.win_rates(rows["preferences"][None], jnp.log(average / jnp.sum(average, axis=-1, keepdims=True)))
+  return _measures(table, theta, rows) | {"original_average": games.original_gap(q)}
 
 
 def _by_rate(table: TableConfig, name: str, values) -> dict:

@@ -14,7 +14,19 @@ from experiments.prefgames.experiment import Config
 from research import config
 
 ARGS = ("sampled", "sweep", "certificate")
-METHODS = ("online_ipo_uniform", "online_ipo_policy", "nash_md", "nash_md_decay", "nash_md_pg", "mmd", "optimistic", "egpo")
+METHODS = (
+  "online_ipo_uniform",
+  "online_ipo_policy",
+  "nash_md",
+  "nash_md_decay",
+  "nash_md_pg",
+  "mmd",
+  "optimistic",
+  "egpo",
+)
+# b and the step sizes at which EGPO's contraction is followed: 1, 3, 6 and 12 times 1 / (b + 3)
+RATES = (("b1", 1.0, "0.25,0.75,1.5,3"), ("b1e-1", 0.1, "0.32,0.97,1.94,3.87"), ("b1e-2", 0.01, "0.33,1,2,4"))
+SWEPT = "0.05,0.1,0.2,0.4,0.8,1.6,3.2"
 SETTINGS = {"b1e-1": (0.1, 0.4, 10), "b1e-2": (0.01, 0.8, 50), "b1e-3": (0.001, 0.08, 1000)}  # b, eta, updates a step
 
 
@@ -32,16 +44,23 @@ def get_config(arg=None):
   elif arg.certificate:
     c.report = "contraction"
     c.table.update(method="egpo", kinds=("uniform",), updates=1)
-    c.eval_every = c.log_every = 1
+    c.eval_every, c.log_every = 4, 1
     c.arms = tuple((name, f"table.b={b}", f"table.rates={rates}") for name, b, rates in RATES)
   else:
     c.arms = tuple(
-      (f"{name}-{at}", *method(name), f"table.b={b}", f"table.rates={eta}", f"table.updates={min(updates, most)}")
+      (
+        f"{name}-{at}",
+        *method(name),
+        f"table.b={b}",
+        f"table.rates={SWEPT if arg.sweep else eta}",
+        f"table.updates={min(updates, most)}",
+      )
       for at, (b, eta, updates) in SETTINGS.items()
       for name in METHODS
     )
   if arg.sweep:
     c.report, c.eval_every, c.skip_nonfinite = "sweep", 0, c.steps
+    most = min(most, 200)
   return config.shrink(c) if arg.tiny else c
 
 

@@ -1,11 +1,16 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import gaps
+from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep
 from research import paths
 from research.config import RunConfig
 
 REPORTS = {
   "gaps": gaps.report,
+  "sweep": sweep.report,
+  "contraction": contraction.report,
+  "original": original.report,
+  "optimisers": optimisers.report,
+  "steps": steps.report,
 }
 
 

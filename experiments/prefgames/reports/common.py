@@ -22,6 +22,11 @@ _NAMES = {
   "onpo": "ONPO",
   "mpo": "MPO (magnet moves)",
   "inpo": "INPO",
+  "dpo_own": "online DPO, both from the policy",
+  "dpo_reference": "online DPO, one from the reference",
+  "xpo": "XPO",
+  "xpo_flipped": "XPO, bonus's sign turned",
+  "uniform": "DPO, both uniform",
 }
 KINDS = {"uniform": "random games", "transitive": "transitive games", "cycle": "cycles, tilted references"}
 FLOOR = 1e-14  # below it a gap is rounding

@@ -41,6 +41,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       mine = {arm: seeds for arm, seeds in gaps[kind].items() if arm in arms and arms[arm].table.b == b}
       parts.draw(ax, against(mine, arms, x), method)
       ax.axhline(FAILED, color="grey", linewidth=0.8, linestyle="--")
+      ax.locator_params(axis="x", nbins=5)
       ax.set(yscale="log", title=f"{KINDS[kind]}, b = {b:g}", xlabel=_axis(x, cfg))
     line[0].set_ylabel("duality gap, median over games")
   legend_below(fig, axes[0, 0])
