@@ -52,7 +52,7 @@ class BanditConfig:
   size: int = 8  # rare responses; the lock's bits
   bs: tuple[float, ...] = (0.03, 0.02, 0.015)
   algorithm: Literal[*ALGORITHMS] = "xpo"
-  alpha: float = 0.1  # the bonus's weight over b
+  alpha: float = 0.01  # the bonus's weight over b; the theorem's falls with the root of the budget
   policies: Literal["class", "softmax", "tokens"] = "class"
   inner: int = 4
   rate: float = 1.0

@@ -25,6 +25,7 @@ _NAMES = {
   "dpo_own": "online DPO, both from the policy",
   "dpo_reference": "online DPO, one from the reference",
   "xpo": "XPO",
+  "xpo_strong": "XPO, bonus ten times as large",
   "xpo_flipped": "XPO, bonus's sign turned",
   "uniform": "DPO, both uniform",
 }
