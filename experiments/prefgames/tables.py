@@ -106,6 +106,10 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
     found = {name: jax.ShapeDtypeStruct(shape, like) for name, shape in shapes.items()}
     return found | {"game": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
+  def info():
+    load()
+    return {"source": " and ".join(table.kinds), "games": cfg.batch, "responses": cfg.length}
+
   return Experiment(
     init=lambda key: Policies(load()["log_reference"], len(table.rates)),
     loss=functools.partial(_loss, table),
@@ -114,7 +118,7 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
     tx=optax.GradientTransformation(lambda model: rule.init(model.theta[...]) if rule else (), optax.identity().update),
     evals={kind: functools.partial(_summary, table, load, everywhere, i) for i, kind in enumerate(table.kinds)},
     flops_per_token={"win rates": 2.0 * cfg.length * len(table.rates) * table.updates * fields(table.method)},
-    info=lambda: {"source": " and ".join(table.kinds), "games": cfg.batch, "responses": cfg.length},
+    info=info,
     train_step=functools.partial(_train_step, table, rule),
   )
 
