@@ -78,7 +78,7 @@ def run(build, report) -> None:
 
 @contextlib.contextmanager
 def double(x64: bool):
-  """Float64 for what names no dtype, in every thread: orbax restores in threads that `jax.enable_x64` does not reach."""
+  """Float64 for what names no dtype, in every thread: orbax restores in ones that `jax.enable_x64` does not reach."""
   before = jax.config.jax_enable_x64
   jax.config.update("jax_enable_x64", x64)
   try:

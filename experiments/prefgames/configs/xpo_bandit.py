@@ -3,8 +3,9 @@
 XPO's argument (arXiv 2405.21046): online DPO waits until the reference shows the good response, exp(1 / (8 b))
 comparisons and more; a bonus for leaving what the reference shows does not wait. Exact argmin over a finite class, as
 in the theorem, for online DPO (both pairings), XPO, and XPO with the bonus's sign turned; 1, 8 and 32 rare responses.
-`:softmax` has a free softmax under gradient descent in the argmin's place, of which the theorem says nothing (with a bonus ten times as large: the smaller one hardly moves a logit).
-Cost: about 1 minute on 2 CPU cores, TODO with `:softmax`.
+`:softmax` has a free softmax under gradient descent in the argmin's place, of which the theorem says nothing; its bonus
+is ten times as large, as the smaller one hardly moves a logit.
+Cost: about 1.5 minutes on 2 CPU cores, 2 with `:softmax`.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/xpo_bandit.py
 """

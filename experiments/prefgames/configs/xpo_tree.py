@@ -4,7 +4,7 @@ The string of zeros has reward 1/2, all others none, but the one of ones has 1. 
 in 10^H; a uniform player meets it once in 2^H. Exact argmin over the finite class "the lock opens with k", k any of
 the 2^H strings, as in `xpo_bandit.py`, and a bonus ten times as large; `:tokens` has a free logit for every prefix
 under gradient descent instead (with the larger bonus: the smaller one hardly moves a logit).
-Cost: about 2 minutes on 2 CPU cores, TODO with `:tokens`.
+Cost: about 2 minutes on 2 CPU cores, and with `:tokens`.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/xpo_tree.py
 """
