@@ -13,7 +13,7 @@ exactly. What needs a mean over the batch (KTO's baseline, BCO's shift) is asked
 function that returns a Mean too: micro-batches add theirs up before the first gradient. Gradients reach `logp` only;
 reference, preference, baseline and shift are constants.
 
-Notation: d = log pi / r of a response, h = d_0 - d_1, p the preference.
+Notation: d = log pi / r of a response, h = d_0 - d_1, p the preference, b the weight of the KL term (IPO's tau).
 """
 
 from collections.abc import Callable
@@ -74,43 +74,43 @@ def dpo(logp, reference, preference, mask, *, b: float, smoothing: float = 0.0, 
   return -p * jax.nn.log_sigmoid(z) - (1 - p) * jax.nn.log_sigmoid(-z)
 
 
-def ipo(logp, reference, preference, mask, *, tau: float, reduce: Reduce = "sum") -> jax.Array:
-  """(h - (p - 1/2) / tau)^2: IPO (arXiv 2310.12036, eq. 17), where p = 1 gives its target 1 / (2 tau).
+def ipo(logp, reference, preference, mask, *, b: float, reduce: Reduce = "sum") -> jax.Array:
+  """(h - (p - 1/2) / b)^2: IPO (arXiv 2310.12036, eq. 17), where p = 1 gives its target 1 / (2 b).
 
   On pairs of the policy itself, online IPO's second form (arXiv 2403.08635): its gradient's mean is the same with
   coin tosses for p. On pairs of the mixture of policy and reference, IPO-MD.
   """
   h = contrast(logp, reference, mask, reduce)
-  return jnp.square(h - (_constant(preference, h) - 0.5) / tau)
+  return jnp.square(h - (_constant(preference, h) - 0.5) / b)
 
 
-def ipo_against(logp, reference, preference, mask, *, tau: float, reduce: Reduce = "sum") -> jax.Array:
-  """(h - (p_0 - p_1) / tau)^2, `preference` [batch, 2] of each response against an opponent's third one.
+def ipo_against(logp, reference, preference, mask, *, b: float, reduce: Reduce = "sum") -> jax.Array:
+  """(h - (p_0 - p_1) / b)^2, `preference` [batch, 2] of each response against an opponent's third one.
 
   Online IPO's first form, and with other opponents Nash-MD and EGPO (arXiv 2503.08942): pairs are to be uniform.
   """
   h = contrast(logp, reference, mask, reduce)
   p = _constant(preference, h)
   check(p.shape == (*h.shape, 2), "preference", p.shape, f"must be [batch, 2] = {(*h.shape, 2)}")
-  return jnp.square(h - (p[:, 0] - p[:, 1]) / tau)
+  return jnp.square(h - (p[:, 0] - p[:, 1]) / b)
 
 
-def sppo(logp, reference, preference, mask, *, eta: float, reduce: Reduce = "sum") -> jax.Array:
-  """Mean over responses of (d - eta (p - 1/2))^2: SPPO (arXiv 2405.00675, eq. 4.4).
+def sppo(logp, reference, preference, mask, *, b: float, reduce: Reduce = "sum") -> jax.Array:
+  """Mean over responses of (d - (p - 1/2) / b)^2: SPPO (arXiv 2405.00675), b = 1 / eta.
 
   Of any number k of responses: logp, mask [batch, k, length]; `preference` [batch, k] against the policy that the
-  reference is here, the last iteration's. Its code calls 1 / eta beta.
+  reference is here, the last iteration's.
   """
   d = log_ratio(logp, reference, mask, reduce)
-  return jnp.mean(jnp.square(d - eta * (_constant(preference, d) - 0.5)), axis=-1)
+  return jnp.mean(jnp.square(d - (_constant(preference, d) - 0.5) / b), axis=-1)
 
 
 def inpo(logp, reference, previous, preference, mask, *, eta: float, tau: float, reduce: Reduce = "sum") -> jax.Array:
   """(h_t - (p - 1/2) / eta)^2: INPO (arXiv 2407.00617), on pairs of the last policy, whose log-probs are `previous`.
 
-  h_t is the contrast of log pi - (tau / eta) log r - (1 - tau / eta) log pi_t; eta is an inverse step, as in the paper.
+  h_t is the contrast of log pi - (b / eta) log r - (1 - b / eta) log pi_t; eta is an inverse step, as in the paper.
   """
-  share = tau / eta
+  share = b / eta
   h = contrast(logp, share * reference + (1 - share) * previous, mask, reduce)
   return jnp.square(h - (_constant(preference, h) - 0.5) / eta)
 
@@ -121,11 +121,11 @@ def onpo(logp, anchor, preference, mask, *, eta: float, reduce: Reduce = "sum") 
   Each iteration fits twice from the same anchor pi'_t: on pairs of the last played policy, which gives pi_t to play,
   and on pairs of pi_t, which gives the next anchor.
   """
-  return ipo(logp, anchor, preference, mask, tau=1 / eta, reduce=reduce)
+  return ipo(logp, anchor, preference, mask, b=1 / eta, reduce=reduce)
 
 
-def nash_md(logp, reference, preference, mask, *, tau: float) -> jax.Array:
-  """A policy gradient of -(P(y, y'') - 1/2 - tau log pi / r (y)), y of the policy: Nash-MD-PG (arXiv 2312.00886).
+def nash_md(logp, reference, preference, mask, *, b: float) -> jax.Array:
+  """A policy gradient of -(P(y, y'') - 1/2 - b log pi / r (y)), y of the policy: Nash-MD-PG (arXiv 2312.00886).
 
   Single responses [batch, length], `preference` [batch] against the mixture's. A token's score is weighted by the
   log-ratios of itself and of all tokens after it: those before add nothing in the mean, and its own alone is biased
@@ -136,8 +136,8 @@ def nash_md(logp, reference, preference, mask, *, tau: float) -> jax.Array:
   ratios = jax.lax.stop_gradient(logp - reference)
   to_go = jnp.flip(jnp.cumsum(jnp.flip(ratios, -1), axis=-1), -1)
   gain = _constant(preference, ratios) - 0.5
-  surrogate = -jnp.sum(logp * (gain[:, None] - tau * to_go), axis=-1)
-  value = tau * jnp.sum(ratios, axis=-1) - gain
+  surrogate = -jnp.sum(logp * (gain[:, None] - b * to_go), axis=-1)
+  value = b * jnp.sum(ratios, axis=-1) - gain
   return surrogate + jax.lax.stop_gradient(value - surrogate)
 
 

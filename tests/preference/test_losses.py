@@ -41,8 +41,8 @@ CASES_A = {
   "opt0": functools.partial(losses.dpo, b=0.1),
   "opt1": functools.partial(losses.dpo, b=0.1, smoothing=0.1),
   "opt2": functools.partial(losses.dpo, b=0.5, smoothing=0.3),
-  "opt3": functools.partial(losses.ipo, tau=0.1),
-  "opt4": functools.partial(losses.ipo, tau=0.7),
+  "opt3": functools.partial(losses.ipo, b=0.1),
+  "opt4": functools.partial(losses.ipo, b=0.7),
 }
 
 
@@ -61,7 +61,7 @@ def test_dpo_and_ipo_are_the_published_ones(name):
   ("name", "loss"),
   [
     ("sigmoid/beta0.1", functools.partial(losses.dpo, b=0.1)),
-    ("ipo/beta0.4", functools.partial(losses.ipo, tau=0.4, reduce="mean")),
+    ("ipo/beta0.4", functools.partial(losses.ipo, b=0.4, reduce="mean")),
   ],
 )
 def test_a_trainers_losses_are_met_from_logits(name, loss):
@@ -125,7 +125,7 @@ def test_sppo_is_the_published_one(beta):
   logp = tokens(g("policy_chosen_logps"), g("policy_rejected_logps"))
   reference = tokens(g("ref_chosen_logps"), g("ref_rejected_logps"))
   wins = np.stack([g("chosen_probs_win"), g("chosen_probs_lose")], axis=1)
-  rows, grad = rows_and_grad(functools.partial(losses.sppo, eta=1 / beta), logp, reference, wins, np.ones_like(logp))
+  rows, grad = rows_and_grad(functools.partial(losses.sppo, b=beta), logp, reference, wins, np.ones_like(logp))
   np.testing.assert_allclose(rows, g(f"sppo/beta{beta}/losses"), rtol=1e-10)
   expected = tokens(g(f"sppo/beta{beta}/grad_chosen"), g(f"sppo/beta{beta}/grad_rejected"))
   np.testing.assert_allclose(grad / 6, expected, rtol=1e-9)
@@ -136,7 +136,7 @@ def test_sppo_is_the_published_one(beta):
   [
     ("sigmoid", 0.1, 0.01, losses.dpo),
     ("alpha0", 0.1, 0.0, losses.dpo),
-    ("ipo_sum", 0.3, 0.005, lambda *args, b, reduce: losses.ipo(*args, tau=b, reduce=reduce)),
+    ("ipo_sum", 0.3, 0.005, losses.ipo),
   ],
 )
 def test_xpo_is_the_published_one_and_its_bonus_is_positive(name, b, alpha, loss):
@@ -158,7 +158,7 @@ def test_online_ipo_against_an_opponent_is_the_official_one(b):
   move = lambda x: np.moveaxis(x, 2, 1).reshape(10, 2)  # [row, response, chunk]: two pairs a row
   logp, reference = (move(GOLDEN[f"5i/{name}"])[..., None] for name in ("logps", "ref_logps"))
   wins = GOLDEN["5i/prefs"].reshape(10, 2)  # [row, chunk, response]
-  rows, grad = rows_and_grad(functools.partial(losses.ipo_against, tau=b), logp, reference, wins, np.ones_like(logp))
+  rows, grad = rows_and_grad(functools.partial(losses.ipo_against, b=b), logp, reference, wins, np.ones_like(logp))
   np.testing.assert_allclose(rows.mean(), GOLDEN[f"5i/beta{b}/loss"], rtol=1e-10)
   np.testing.assert_allclose(grad[..., 0] / 10, move(GOLDEN[f"5i/beta{b}/grad_logps"]), atol=1e-10)
 
@@ -171,9 +171,9 @@ def test_pair_losses_of_self_play_are_their_formulas(name):
   soft, hard = GOLDEN["5i/pairs/P_w_beats_l"], np.ones(5)
   mask = np.ones_like(logp)
   f, args = {
-    "online_ipo_hard": (functools.partial(losses.ipo, tau=0.2), (reference, hard)),
-    "online_ipo_soft": (functools.partial(losses.ipo, tau=0.2), (reference, soft)),
-    "inpo": (functools.partial(losses.inpo, eta=0.5, tau=0.2), (reference, previous, hard)),
+    "online_ipo_hard": (functools.partial(losses.ipo, b=0.2), (reference, hard)),
+    "online_ipo_soft": (functools.partial(losses.ipo, b=0.2), (reference, soft)),
+    "inpo": (functools.partial(losses.inpo, eta=0.5, b=0.2), (reference, previous, hard)),
     "onpo": (functools.partial(losses.onpo, eta=0.5), (previous, hard)),
   }[name]
   rows, grad = rows_and_grad(f, logp, *args, mask)
@@ -211,7 +211,7 @@ def test_the_policy_gradient_of_sequences_is_the_enumerated_one_and_token_local_
   @functools.partial(jax.value_and_grad, argnums=0)
   def expected_loss(tables, weights):
     logp = sequence_logps(tables, vocab, length)
-    return jnp.sum(weights * losses.nash_md(logp, reference, wins, mask, tau=tau))
+    return jnp.sum(weights * losses.nash_md(logp, reference, wins, mask, b=tau))
 
   weights = jnp.exp(jnp.sum(sequence_logps(tables, vocab, length), axis=1))
   value, grads = expected_loss(tables, weights)
@@ -292,20 +292,20 @@ def test_squared_losses_have_their_closed_optima(loss):
   uniform = np.ones(16)
   ones = lambda logp: jnp.ones_like(logp)
   if loss == "ipo":  # a soft target against one opponent a row is the best response to all of them together
-    rows = lambda logp, ref: losses.ipo(logp, ref, 0.5 + (q[i] - q[j]) / 1, ones(logp), tau=tau)
+    rows = lambda logp, ref: losses.ipo(logp, ref, 0.5 + (q[i] - q[j]) / 1, ones(logp), b=tau)
     expected = normal(log_r + q / tau)
   elif loss == "ipo_against":
-    rows = lambda logp, ref: losses.ipo_against(logp, ref, np.stack([q[i], q[j]], 1), ones(logp), tau=tau)
+    rows = lambda logp, ref: losses.ipo_against(logp, ref, np.stack([q[i], q[j]], 1), ones(logp), b=tau)
     expected = np.asarray(games.best_response(q, log_r, tau))
   elif loss == "inpo":
     # INPO's paper: for pairs of pi_t the target h's conditional mean is the difference of win rates
-    rows = lambda logp, ref: losses.inpo(logp, ref, of(previous), 0.5 + q[i] - q[j], ones(logp), eta=eta, tau=tau)
+    rows = lambda logp, ref: losses.inpo(logp, ref, of(previous), 0.5 + q[i] - q[j], ones(logp), eta=eta, b=tau)
     expected = normal((tau / eta) * log_r + (1 - tau / eta) * previous + q / eta)
   elif loss == "onpo":
     rows = lambda logp, ref: losses.onpo(logp, of(previous), 0.5 + q[i] - q[j], ones(logp), eta=eta)
     expected = normal(previous + eta * q)
   else:
-    rows = lambda logp, ref: losses.sppo(logp, of(previous), np.stack([q[i], q[j]], 1), ones(logp), eta=eta)
+    rows = lambda logp, ref: losses.sppo(logp, of(previous), np.stack([q[i], q[j]], 1), ones(logp), b=1 / eta)
     found = minimised(rows, log_r, every_pair(), uniform)
     d = found - previous  # single responses: the normaliser is fitted too, and not exactly
     np.testing.assert_allclose(d - d.mean(), eta * (q - q.mean()), atol=0.05)
@@ -317,7 +317,7 @@ def test_coin_tosses_have_the_gradient_of_the_probability():
   rng = np.random.default_rng(0)
   logp, reference = rng.normal(size=(2, 6, 2, 3))
   p, mask = rng.random(6), np.ones((6, 2, 3))
-  for loss in (functools.partial(losses.ipo, tau=0.3), functools.partial(losses.dpo, b=0.4)):
+  for loss in (functools.partial(losses.ipo, b=0.3), functools.partial(losses.dpo, b=0.4)):
     grad = lambda p: rows_and_grad(loss, logp, reference, np.asarray(p), mask)[1]
     tossed = p[:, None, None] * grad(np.ones(6)) + (1 - p)[:, None, None] * grad(np.zeros(6))
     np.testing.assert_allclose(grad(p), tossed, atol=1e-12)
@@ -381,12 +381,12 @@ def table(reduce="sum"):
   pair = lambda f, **kw: lambda x, r, w, m: f(x, r, first(w), m, reduce=reduce, **kw)
   plain = {
     "dpo": pair(losses.dpo, b=0.3, smoothing=0.1),
-    "ipo": pair(losses.ipo, tau=0.3),
-    "ipo_against": lambda x, r, w, m: losses.ipo_against(x, r, w, m, tau=0.3, reduce=reduce),
-    "sppo": lambda x, r, w, m: losses.sppo(x, r, w, m, eta=2.0, reduce=reduce),
-    "inpo": lambda x, r, w, m: losses.inpo(x, r, 0.9 * r, first(w), m, eta=0.5, tau=0.2, reduce=reduce),
+    "ipo": pair(losses.ipo, b=0.3),
+    "ipo_against": lambda x, r, w, m: losses.ipo_against(x, r, w, m, b=0.3, reduce=reduce),
+    "sppo": lambda x, r, w, m: losses.sppo(x, r, w, m, b=0.5, reduce=reduce),
+    "inpo": lambda x, r, w, m: losses.inpo(x, r, 0.9 * r, first(w), m, eta=0.5, b=0.2, reduce=reduce),
     "onpo": pair(losses.onpo, eta=0.5),
-    "nash_md": lambda x, r, w, m: losses.nash_md(first(x), first(r), first(w), first(m), tau=0.2),
+    "nash_md": lambda x, r, w, m: losses.nash_md(first(x), first(r), first(w), first(m), b=0.2),
     "xpo": pair(losses.xpo, b=0.3, alpha=0.1),
     "apo": lambda x, r, w, m: losses.dpo(x, losses.extrapolated(r, 0.9 * r, 0.5), first(w), m, b=0.3, reduce=reduce),
     "listwise": lambda x, r, w, m: losses.listwise(x, r, w, m, b=0.3, reduce=reduce),
@@ -504,4 +504,4 @@ def test_sum_and_mean_are_what_a_hand_computes():
   with pytest.raises(UserError, match="logp="):
     losses.dpo(logp, logp, np.ones(1), mask, b=0.1)
   with pytest.raises(UserError, match="preference="):
-    losses.ipo_against(np.zeros((3, 2, 1)), np.zeros((3, 2, 1)), np.ones(3), np.ones((3, 2, 1)), tau=1.0)
+    losses.ipo_against(np.zeros((3, 2, 1)), np.zeros((3, 2, 1)), np.ones(3), np.ones((3, 2, 1)), b=1.0)
