@@ -105,7 +105,7 @@ def sppo(logp, reference, preference, mask, *, b: float, reduce: Reduce = "sum")
   return jnp.mean(jnp.square(d - (_constant(preference, d) - 0.5) / b), axis=-1)
 
 
-def inpo(logp, reference, previous, preference, mask, *, eta: float, tau: float, reduce: Reduce = "sum") -> jax.Array:
+def inpo(logp, reference, previous, preference, mask, *, eta: float, b: float, reduce: Reduce = "sum") -> jax.Array:
   """(h_t - (p - 1/2) / eta)^2: INPO (arXiv 2407.00617), on pairs of the last policy, whose log-probs are `previous`.
 
   h_t is the contrast of log pi - (b / eta) log r - (1 - b / eta) log pi_t; eta is an inverse step, as in the paper.
