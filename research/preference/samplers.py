@@ -4,7 +4,7 @@ A sampler says what it draws from: `logits(policy, reference)` of one choice, ou
 For a finite set of responses that one choice is the response. A sequence model makes it token by token, and for
 the geometric mixture the two are not the same: a product of per-token mixtures, each normalised, is not the
 mixture pi^(1 - c) r^c of whole responses normalised once, but for one token, or c of 0 or 1. (So it is in the
-public code of Nash-MD and its successors.) Uniform over tokens is uniform over responses of one length without stop ids.
+public code of Nash-MD and its successors.) Uniform over tokens is uniform over responses of one length, without stops.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """The policy, at a temperature and cut to the likely ones: at temperature 2 and top 10, EGPO's stand-in for uniform."""
+  """The policy, as `sampling` flattens and cuts it: at temperature 2 and top 10, EGPO's stand-in for uniform."""
 
   sampling: Sampling = Sampling()
 
@@ -115,7 +115,7 @@ def draw(
   tokens: int,
   stop: tuple[int, ...] = (),
 ) -> Responses:
-  """A response of at most `tokens` ids to each of `prompts` [batch, length], of which the last `lengths` are no padding.
+  """A response of at most `tokens` ids to each prompt [batch, length], of which the last `lengths` are no padding.
 
   Traceable, and one program: prefill, then a token a step from the caches of the models that the sampler needs,
   no step passing through the host. Rows draw independently. Parameters get no gradient.
