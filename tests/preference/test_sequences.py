@@ -152,13 +152,11 @@ def step(name, rows=8, seed=0, **options):
   return policy, means
 
 
+QUICK = "online_ipo_policy"  # the others take long to compile
+
+
 @pytest.mark.parametrize(
-  "name",
-  [
-    "egpo",
-    "nash_md_pg",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in methods.METHODS if n not in ("egpo", "nash_md_pg")),
-  ],
+  "name", [pytest.param(n, marks=() if n == QUICK else pytest.mark.slow) for n in methods.METHODS]
 )
 def test_an_update_is_the_same_on_one_device_and_on_four(name):
   options = {"alpha": 0.1} if name == "xpo" else {}
