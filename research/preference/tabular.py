@@ -165,7 +165,7 @@ def mixture(game: Game, theta: jax.Array, eta: jax.Array, strength: float = 1.0)
 class State:
   """What an update changes.
 
-  theta [n]: the policy, whose gap is measured. anchor [n]: what optimism starts from, a magnet, or the last step of APO.
+  theta [n]: the policy, whose gap is measured. anchor [n]: what optimism starts from, a magnet, or APO's last step.
   data: the comparisons so far, where an update keeps them. step: updates made, int32.
   """
 
