@@ -140,10 +140,11 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     state, batch = on_devices(abstract_state(exp)), on_devices(abstract_batch(exp))
     start = time.perf_counter()
     if what == "train":
-      lowered = jit_step(exp, cfg, state).lower(state, batch)
+      reference = state.model if exp.reference else None
+      lowered = jit_step(exp, cfg, state).lower(state, batch, reference)
       kept = residuals(exp, cfg, state, batch)
       tokens, model_flops = cfg.batch * cfg.length, sum(exp.flops_per_token.values()) * cfg.batch * cfg.length
-      inputs = {"parameters": state.model, "optimizer": (state.opt, state.step), "batch": batch}
+      inputs = {"parameters": (state.model, reference), "optimizer": (state.opt, state.step), "batch": batch}
     else:
       lowered, cache = lower_decode(exp, cfg, state)
       kept = []
@@ -250,10 +251,11 @@ def residuals(exp: Experiment, cfg: config.RunConfig, state: TrainState, batch: 
   """(name, bytes on one device) of all that the forward pass of a micro-batch keeps for the backward pass."""
   one = lambda x: jax.ShapeDtypeStruct((x.shape[0] // cfg.accumulate, *x.shape[1:]), x.dtype, sharding=x.sharding)
 
-  def keep(model, batch):
-    return jax.vjp(lambda model: exp.loss(model, batch, jax.random.key(0))["loss"].total, model)[1]
+  def keep(model, batch, *reference):
+    return jax.vjp(lambda model: exp.loss(model, batch, jax.random.key(0), *reference)["loss"].total, model)[1]
 
-  jaxpr = jax.make_jaxpr(keep)(state.model, jax.tree.map(one, batch)).jaxpr
+  reference = (state.model,) if exp.reference else ()
+  jaxpr = jax.make_jaxpr(keep)(state.model, jax.tree.map(one, batch), *reference).jaxpr
   given = set(jaxpr.invars) | set(jaxpr.constvars)
   kept = []
   for var in dict.fromkeys(v for v in jaxpr.outvars if isinstance(v, Var) and v not in given):

@@ -63,7 +63,8 @@ class RunConfig:
   x64: bool = False  # float64 for what names no dtype, for numbers of more than seven digits; slow on accelerators
   skip_nonfinite: int = 0  # so many non-finite steps in a row are skipped, the next one stops the run
   resume: str = ""  # a workdir whose newest checkpoint to go on from, when this one has none
-  init_from: str = ""  # a workdir, or published weights: parameters to start from, when there is nothing to resume
+  # a workdir, published weights, or arm:NAME: parameters to start from, when there is nothing to resume
+  init_from: str = ""
 
   def __post_init__(self):
     for name in ("steps", "batch", "accumulate", "log_every"):

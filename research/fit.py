@@ -32,24 +32,29 @@ class Experiment:
   init: key -> model, an nnx module in tree mode, made under the current mesh.
   loss: (model, batch, key) -> {"loss": Mean, ...}. "loss" is what is minimised; sums
     and weights, not means, so that micro-batches, shards and batches add up exactly.
+  reference: the loss gets the model that the run started from as a fourth argument: `init_from`'s, or the fresh one.
+    No step changes it, no checkpoint holds it, and a resumed run makes it again.
   data: "train" or "validation" -> a grain.IterDataset of this process's rows, as dicts of numpy arrays.
   evals: further (model) -> {name: number}, run with the validation loss.
   flops_per_token: model FLOPs a token of one training step, by part, for utilisation.
   info: () -> what the manifest says of the data. The first call reads the data and
     raises UserError for what is wrong with it; building an experiment reads nothing.
   batch: () -> shapes and dtypes of a whole batch of all processes, to compile without data; reads nothing.
-  train_step: what a paper has that changes the update, (exp, cfg, state, batch) -> (state, metrics), with the
-    metrics "loss", "grad_norm" and "update_norm"; None: `default_train_step`.
+  prepare: called once before the run's first step, with a function from the name of an earlier arm of the
+    command to its directory of checkpoints (of the same seed): for data that another model makes.
+  train_step: another update than `default_train_step`, with its arguments and results.
   """
 
   init: Callable[[jax.Array], Any]
-  loss: Callable[[Any, Batch, jax.Array], dict[str, Mean]]
+  loss: Callable[..., dict[str, Mean]]
   data: Callable[[str], Any]
   tx: optax.GradientTransformation
   evals: Mapping[str, Callable[[Any], dict[str, float]]] = dataclasses.field(default_factory=dict)
   flops_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
   info: Callable[[], dict[str, Any]] = dict
   batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
+  reference: bool = False
+  prepare: Callable[[Callable[[str], Any]], None] = lambda sibling: None
   train_step: Callable[..., Any] | None = None
 
 
@@ -126,17 +131,17 @@ def on_devices(tree: Any) -> Any:
   return jax.tree.map(place, tree)
 
 
-def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState, train_step=None):
-  """`train_step` (default: the experiment's) as it is compiled: the old state is given up for the new.
+def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState):
+  """(state, batch, reference or None) -> (state, metrics) as it is compiled: the old state is given up for the new.
 
   state: any that has shapes and shardings, as from `abstract_state`.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = functools.partial(train_step or exp.train_step or default_train_step, exp, cfg)
+  step = functools.partial(exp.train_step or default_train_step, exp, cfg)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch: Batch):
+def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch: Batch, reference: Any = None):
   """One update from one batch, in `cfg.accumulate` micro-batches. Returns (state, metrics).
 
   Gradients are those of sum(total) / sum(weight) over the whole batch: the same
@@ -145,7 +150,7 @@ def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch
   key = jax.random.fold_in(state.key, state.step)
 
   def objective(model, batch, key):
-    means = exp.loss(model, batch, key)
+    means = exp.loss(model, batch, key, *_if_any(reference))
     return means["loss"].total, means
 
   grad = jax.grad(objective, has_aux=True)
@@ -172,6 +177,10 @@ def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch
   return new, metrics
 
 
+def _if_any(reference: Any) -> tuple:
+  return () if reference is None else (reference,)
+
+
 def fit(
   exp: Experiment,
   cfg: RunConfig,
@@ -181,7 +190,6 @@ def fit(
   *,
   resume: Checkpoints | None = None,
   init_from: Callable[[Any], Any] | None = None,
-  train_step=None,
 ) -> TrainState:
   """Trains to `cfg.steps` under the current mesh and returns the last state.
 
@@ -205,9 +213,10 @@ def fit(
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
-  step_fn = jit_step(exp, cfg, abstract, train_step)
+  reference = _start(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
+  step_fn = jit_step(exp, cfg, abstract)
   log = _Log(cfg, exp, writer, checkpoints)
-  evaluate = Evaluator(exp, cfg)
+  evaluate = Evaluator(exp, cfg, reference)
   step = start
   while True:
     last = step == cfg.steps
@@ -228,7 +237,7 @@ def fit(
         checkpoints.wait()
       raise Interrupted(step)
     batch = to_devices(next(data))
-    state, metrics = step_fn(state, batch)
+    state, metrics = step_fn(state, batch, reference)
     log.push(step, metrics)
     step += 1
   checkpoints.wait()
@@ -238,9 +247,9 @@ def fit(
 class Evaluator:
   """The validation loss and the experiment's own evaluations, compiled once."""
 
-  def __init__(self, exp: Experiment, cfg: RunConfig):
-    self.exp, self.batches = exp, cfg.eval_batches
-    self.means = jax.jit(lambda model, batch: exp.loss(model, batch, jax.random.key(0)))
+  def __init__(self, exp: Experiment, cfg: RunConfig, reference: Any = None):
+    self.exp, self.batches, self.reference = exp, cfg.eval_batches, reference
+    self.means = jax.jit(lambda model, batch, *rest: exp.loss(model, batch, jax.random.key(0), *rest))
 
   def __call__(self, model) -> dict[str, float]:
     """{"loss": validation loss, ...}: exact means over the split (or its first `eval_batches`)."""
@@ -248,7 +257,7 @@ class Evaluator:
     for i, batch in enumerate(self.exp.data("validation")):
       if self.batches and i == self.batches:
         break
-      means = jax.block_until_ready(self.means(model, to_devices(batch)))
+      means = jax.block_until_ready(self.means(model, to_devices(batch), *_if_any(self.reference)))
       total = means if total is None else add(total, means)
     values = {name: float(mean.value) for name, mean in total.items()}
     for name, f in self.exp.evals.items():
@@ -278,11 +287,16 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
+  return _start(exp, cfg, abstract, init_from), 0
+
+
+def _start(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
+  """The state before the first step of a run that resumes nothing."""
   state = fresh_state(exp, abstract, cfg.seed)
   if init_from is not None:
     state = dataclasses.replace(state, model=None)  # not two models at a time
     state = dataclasses.replace(state, model=init_from(abstract.model))
-  return state, 0
+  return state
 
 
 def _save(checkpoints, step, state, data, cfg, writer) -> None:

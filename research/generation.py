@@ -1,6 +1,6 @@
 """Text from a trained model: prefill once, then one token a step from a cache, in one compiled program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -76,27 +76,46 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("tokens", "sampling", "stop"))
 def _generate(model, prompts, lengths, key, *, tokens: int, sampling: Sampling, stop: tuple[int, ...]) -> jax.Array:
-  """int32 [batch, tokens] that follow `prompts` [batch, length], of which the last `lengths` are not padding."""
+  draw = lambda logits, key: sample(logits[0], key, sampling)
+  return continuations((model,), draw, prompts, lengths, key, tokens=tokens, stop=stop)
+
+
+def continuations(
+  models: tuple[Decoder, ...],
+  draw: Callable[[list[jax.Array], jax.Array], jax.Array],
+  prompts: jax.Array,
+  lengths: jax.Array,
+  key: jax.Array,
+  *,
+  tokens: int,
+  stop: tuple[int, ...] = (),
+) -> jax.Array:
+  """int32 [batch, tokens] that follow `prompts` [batch, length], of which the last `lengths` are not padding.
+
+  draw: (each model's float32 logits [batch, vocab] of the next token, key) -> int32 [batch]; all models read what
+  was drawn. Traceable. What follows a row's first id of `stop` means nothing.
+  """
   batch, length = prompts.shape
   at = jnp.arange(length) - (length - lengths[:, None])
-  x, cache = model.prefill(prompts, (at >= 0).astype(jnp.int32), jnp.maximum(at, 0), length + tokens)
+  seen = ((at >= 0).astype(jnp.int32), jnp.maximum(at, 0))
+  states = [model.prefill(prompts, *seen, length + tokens) for model in models]
   stops = jnp.array(stop, jnp.int32)
 
-  def draw(x, step):
-    logits = place(model.unembed(x[:, -1:])[:, 0], P(None, None))
-    return sample(logits, jax.random.fold_in(key, step), sampling)
+  def next_token(hidden, step):
+    logits = [place(m.unembed(x[:, -1:])[:, 0], P(None, None)) for m, x in zip(models, hidden, strict=True)]
+    return draw(logits, jax.random.fold_in(key, step))
 
   def body(carry):
-    step, token, done, out, cache = carry
-    ones = jnp.ones((batch, 1), jnp.int32)
-    x, cache = model.extend(token[:, None], ones, (lengths + step - 1)[:, None], cache)
-    token = draw(x, step)
+    step, token, done, out, caches = carry
+    row = (token[:, None], jnp.ones((batch, 1), jnp.int32), (lengths + step - 1)[:, None])
+    states = [model.extend(*row, cache) for model, cache in zip(models, caches, strict=True)]
+    token = next_token([x for x, _ in states], step)
     out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.zeros((), jnp.int32), step))
-    return step + 1, token, done | jnp.isin(token, stops), out, cache
+    return step + 1, token, done | jnp.isin(token, stops), out, [cache for _, cache in states]
 
-  first = draw(x, 0)
+  first = next_token([x for x, _ in states], 0)
   out = jnp.zeros((batch, tokens), jnp.int32).at[:, 0].set(first)
-  start = (jnp.ones((), jnp.int32), first, jnp.isin(first, stops), out, cache)
+  start = (jnp.ones((), jnp.int32), first, jnp.isin(first, stops), out, [cache for _, cache in states])
   return jax.lax.while_loop(lambda c: (c[0] < tokens) & ~jnp.all(c[2]), body, start)[3]
 
 

@@ -94,7 +94,8 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
   jobs = []
   for arm, single in singles:
     mesh, exp = prepare(build, single)
-    jobs.append((arm, single, mesh, exp, start_points(single, arm, mesh, exp)))
+    starts = start_points(single, arm, mesh, exp, workdir, [name for name, *_ in cfg.arms])
+    jobs.append((arm, single, mesh, exp, starts))
   same_everywhere(cfg, {arm: exp.info() for arm, _, _, exp, _ in jobs})
   with lock(workdir):
     done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
@@ -106,6 +107,7 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
       try:
         with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
           distributed.on_restart(checkpoints.steps)
+          exp.prepare(functools.partial(sibling, workdir, single))
           fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
@@ -117,6 +119,14 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
 def checkpoint_dir(workdir: paths.Path, arm: str, cfg: config.RunConfig) -> paths.Path:
   """Where a single run keeps its steps."""
   return workdir / "checkpoints" / f"{arm}-{cfg.seed}"
+
+
+def sibling(workdir: paths.Path, cfg: config.RunConfig, arm: str) -> paths.Path:
+  """Where another arm with the same seed keeps its steps. Raises UserError if it has none."""
+  directory = checkpoint_dir(workdir, arm, cfg)
+  has_steps = directory.is_dir() and bool(Checkpoints(directory).steps())
+  check(has_steps, "arm", arm, f"has no checkpoint in {workdir}; train it first, or in the same command")
+  return directory
 
 
 def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[argparse.Namespace, list[str]]:
@@ -192,16 +202,24 @@ def same_everywhere(cfg: config.RunConfig, info: dict[str, Any]) -> None:
     distributed.agree("data", digest(info), f"{fix} data and Python (this is the data's hash)")
 
 
-def start_points(cfg: config.RunConfig, arm: str, mesh: jax.sharding.Mesh, exp: Experiment) -> dict[str, Any]:
+def start_points(
+  cfg: config.RunConfig, arm: str, mesh: jax.sharding.Mesh, exp: Experiment, workdir: paths.Path, arms: list[str]
+) -> dict[str, Any]:
   """What `resume` and `init_from` name, as arguments of `fit`.
 
   Either is the same run in another workdir, or a directory of steps; `init_from` may also
-  be a directory of published weights, of the experiment's very model. Raises UserError.
+  be a directory of published weights, of the experiment's very model, or `arm:NAME`, one of the
+  command's `arms` before this one. Raises UserError.
   """
   found = {}
   for field in ("resume", "init_from"):
     path = getattr(cfg, field)
-    if field == "init_from" and path and convert.is_weights(path):
+    if field == "init_from" and path.startswith("arm:"):
+      name, before = path.removeprefix("arm:"), arms[: arms.index(arm)]
+      check(name in before, field, path, f"no arm of that name before {arm}; there are {', '.join(before) or 'none'}")
+      # its steps may be yet to come
+      found[field] = lambda model, name=name: _parameters(Checkpoints(sibling(workdir, cfg, name)), model)
+    elif field == "init_from" and path and convert.is_weights(path):
       weights = convert.read(path)
       with jax.set_mesh(mesh):
         weights.check_model(jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0))))

@@ -1,5 +1,6 @@
 """The loop and the default step, on a least-squares problem small enough to compute by hand."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -58,13 +59,14 @@ def squared_error(model, batch, key):
   return {"loss": Mean(jnp.sum(batch["weights"] * error**2), jnp.sum(batch["weights"]))}
 
 
-def experiment(rows=None, loss=squared_error):
+def experiment(rows=None, loss=squared_error, **parts):
   source = Rows() if rows is None else rows
   return Experiment(
     init=Linear,
     loss=loss,
     data=lambda split: data.batches(source, 8, seed=0, train=split == "train"),
     tx=optax.sgd(RATE),
+    **parts,
   )
 
 
@@ -74,12 +76,12 @@ def settings(**changes):
   return RunConfig("none", **every | changes)
 
 
-def train(workdir, cfg, exp=None, should_stop=lambda step: False, devices=1):
+def train(workdir, cfg, exp=None, should_stop=lambda step: False, devices=1, **start):
   """Runs the loop in `workdir`; returns the last state and what was logged."""
   writer = writers.Writer(workdir, "main", 0, cfg.steps)
   with small.use(MeshConfig(1, devices, 1), devices), Checkpoints(workdir / "checkpoints", 9) as checkpoints:
     try:
-      state = fit(exp or experiment(), cfg, checkpoints, writer, should_stop)
+      state = fit(exp or experiment(), cfg, checkpoints, writer, should_stop, **start)
     finally:
       writer.close()
   return state, writers.read(workdir / "metrics.jsonl")
@@ -202,16 +204,42 @@ def test_asked_to_stop_it_saves_first_and_goes_on_the_same(tmp_path):
 
 
 def test_a_paper_can_bring_its_own_step(tmp_path):
-  def backwards(exp, cfg, state, batch):
+  def backwards(exp, cfg, state, batch, reference):
     new, metrics = default_train_step(exp, cfg, state, batch)
     return dataclasses.replace(new, model=state.model), metrics
 
   writer = writers.Writer(tmp_path, "main", 0, 3)
   with small.use(), Checkpoints(tmp_path / "checkpoints") as checkpoints:
-    state = fit(experiment(), settings(steps=3), checkpoints, writer, train_step=backwards)
+    state = fit(experiment(train_step=backwards), settings(steps=3), checkpoints, writer)
     writer.close()
     start = init_state(experiment(), jax.random.key(0))
     assert (np.asarray(state.model.w[...]) == np.asarray(start.model.w[...])).all()
+
+
+def away_from_reference(model, batch, key, reference):
+  means = squared_error(model, batch, key)
+  apart = jnp.sum((model.w[...] - reference.w[...]) ** 2)
+  return means | {"apart": Mean(apart, jnp.ones(()))}
+
+
+@pytest.mark.parametrize("start", [None, 7.0])
+def test_the_reference_is_where_the_run_started_and_stays_there_through_a_restart(tmp_path, start):
+  fill = start and (lambda abstract: jax.tree.map(lambda x: jnp.full(x.shape, start, x.dtype), abstract))
+  exp = experiment(loss=away_from_reference, reference=True)
+  seen = {}
+  for name, stop in (("whole", None), ("cut", 5)):
+    (tmp_path / name).mkdir()
+    for last in (stop, None):
+      with contextlib.suppress(Interrupted):
+        _, seen[name] = train(tmp_path / name, settings(), exp, lambda t, last=last: t == last, init_from=fill)
+  apart = lambda name: [r["apart"] for r in seen[name] if r["kind"] == "eval"]
+  assert apart("whole")[0] == 0.0
+  assert min(apart("whole")[1:]) > 0.0
+  assert apart("cut") == apart("whole")
+  if start is not None:
+    first = next(r["loss"] for r in seen["whole"] if r["kind"] == "eval")
+    rows = Rows()
+    assert first == pytest.approx(np.average((rows.x @ np.full(WIDTH, start) - rows.y) ** 2, weights=rows.weights))
 
 
 def test_a_half_written_last_line_is_dropped_and_a_damaged_middle_is_not(tmp_path):

@@ -240,6 +240,32 @@ def test_a_run_starts_from_another_runs_parameters(whole, tmp_path):
   assert evals(tmp_path)[0] == evals(whole)[-1]
 
 
+def test_an_arm_starts_where_an_earlier_one_with_its_seed_ended(tmp_path):
+  spec = tmp_path / "stages.py"
+  spec.write_text(
+    "from experiments.kvshift.configs import main\n"
+    "def get_config(arg=None):\n"
+    "  c = main.get_config('tiny')\n"
+    "  c.arms = (('first', 'attention=plain'), ('second', 'attention=plain', 'init_from=arm:first'))\n"
+    "  c.seeds, c.eval_every, c.steps = (0, 1), 6, 6\n"
+    "  return c\n"
+  )
+  command = [sys.executable, "-m", "experiments.kvshift", f"--config={spec}", f"--workdir={tmp_path / 'run'}"]
+  subprocess.run(command, check=True, capture_output=True, timeout=300)
+  evals = {(r["arm"], r["seed"], r["step"]): r["loss"] for r in history(tmp_path / "run") if r["kind"] == "eval"}
+  for seed in (0, 1):
+    assert evals["second", seed, 0] == evals["first", seed, 6]
+  alone = [*command[:-1], f"--workdir={tmp_path / 'alone'}", "--config.only=second"]
+  told = subprocess.run(alone, capture_output=True, text=True, timeout=300)
+  assert told.returncode == 2
+  assert "arm=first: has no checkpoint in" in told.stderr.splitlines()[-1]
+  turned = spec.read_text().replace("arm:first", "arm:second")
+  spec.write_text(turned)
+  told = subprocess.run([*command[:-1], f"--workdir={tmp_path / 'b'}"], capture_output=True, text=True, timeout=300)
+  assert told.returncode == 2
+  assert "init_from=arm:second: no arm of that name before second; there are first" in told.stderr.splitlines()[-1]
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_checkpoint(tmp_path):
   told = finish(tmp_path, "--config.tx.lr=1e18", "--config.tx.clip=0", "--config.checkpoint.every=1", status=3)
   last = told.splitlines()[-1]

@@ -1,5 +1,7 @@
 """Batches in an order that only the seed and a counter decide, cut among processes."""
 
+from collections.abc import Callable
+import functools
 import sys
 
 import grain
@@ -8,8 +10,13 @@ import numpy as np
 from research.data.mixture import Mixture, interleave
 from research.errors import check
 
+Row = dict[str, np.ndarray]
+Prepare = Callable[[Row, np.random.Generator | None], Row]
 
-def batches(source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), train: bool) -> grain.IterDataset:
+
+def batches(
+  source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), train: bool, prepare: Prepare | None = None
+) -> grain.IterDataset:
   """Process `index` of `count`'s part, [batch / count, ...] arrays, of each global batch of `source`.
 
   Global batch k is rows [k * batch, (k + 1) * batch) of one global order, and process
@@ -24,6 +31,8 @@ def batches(source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), t
     batch: rows in the global batch.
     seed: in [0, 2**32).
     shard: (index, count), as from `research.mesh.batch_shard`.
+    prepare: (row, rng or None) -> row, of each row as it is taken: with a generator of its own for each
+      row of each epoch in training, with None in validation.
 
   Raises:
     UserError: `batch` does not divide by `count`, or `seed` is out of range.
@@ -33,6 +42,8 @@ def batches(source, batch: int, *, seed: int, shard: tuple[int, int] = (0, 1), t
   check(batch % count == 0, "batch", batch, f"must divide by the {count} slices in which processes load it")
   check(0 <= seed < 2**32, "seed", seed, "use a number from 0 to 4294967295")
   rows = _endless(source, seed) if train else grain.MapDataset.source(source)
+  if prepare is not None:
+    rows = rows.seed(seed).random_map(prepare) if train else rows.map(functools.partial(prepare, rng=None))
   # Rows come from memory, or files kept there: one thread keeps the work off the training
   # loop, more only contend for the GIL.
   return _Batches(rows, batch, index, count).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

@@ -4,7 +4,7 @@ A source only finds and opens; what all sources share (UTF-8, bad records, dupli
 the split, the hashes) is done in `research.data.text`, once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import difflib
 import functools
@@ -39,16 +39,20 @@ class Record:
   by_content: bool = False  # the hash of the content decides, not that of the name
 
 
-def parse(source: str) -> tuple[str, str, dict[str, str]]:
-  """(kind, argument, options) of `kind:argument?option=value&option=value`. Raises UserError."""
+def parse(source: str, kinds: dict[str, tuple] | None = None) -> tuple[str, str, dict[str, str]]:
+  """(kind, argument, options) of `kind:argument?option=value&option=value`. Raises UserError.
+
+  kinds: {kind: (anything, its options)}; None: those of text.
+  """
+  kinds = KINDS if kinds is None else kinds
   kind, _, rest = source.partition(":")
-  check(kind in KINDS, "source", source, f"there is no such source; choose one of {', '.join(KINDS)}")
+  check(kind in kinds, "source", source, f"there is no such source; choose one of {', '.join(kinds)}")
   argument, _, query = rest.partition("?")
   options = {}
   for item in filter(None, query.split("&")):
     name, _, value = item.partition("=")
-    known = ", ".join(KINDS[kind][1]) or "none"
-    check(name in KINDS[kind][1] and value != "", "source", source, f"?{item} is no option=value; options: {known}")
+    known = ", ".join(kinds[kind][1]) or "none"
+    check(name in kinds[kind][1] and value != "", "source", source, f"?{item} is no option=value; options: {known}")
     options[name] = value
   return kind, argument, options
 
@@ -69,7 +73,7 @@ def stdlib(source: str, argument: str) -> Iterator[Record]:
 def _stdlib() -> Iterator[Record]:
   # Left out besides the tests: what the build of the interpreter wrote, which differs between machines.
   skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload"}
-  for name, path in _find(sysconfig.get_paths()["stdlib"], (".py",)):
+  for name, path in find(sysconfig.get_paths()["stdlib"], (".py",)):
     *folders, base = name.split("/")
     if skip.intersection(folders) or name.startswith("config-") or base.startswith("_sysconfigdata"):
       continue
@@ -89,7 +93,7 @@ def files(source: str, argument: str, field: str = "text") -> Iterator[Record]:
   root = Path(argument).expanduser()
   check(root.is_dir(), "source", source, "there is no such directory")
   kinds = _PLAIN + _MANY
-  found = _find(root, kinds + tuple(kind + packed for kind in kinds for packed in _COMPRESSED))
+  found = find(root, kinds + tuple(kind + packed for kind in kinds for packed in _COMPRESSED))
   check(len(found) > 0, "source", source, f"the directory holds no {', '.join(kinds[:-1])} or {kinds[-1]} file")
   return _files(source, found, field)
 
@@ -166,6 +170,27 @@ def tfds(source: str, argument: str, field: str = "text", split: str = "train", 
 
   Nothing is downloaded. `dir` is tfds's data_dir, by default $TFDS_DATA_DIR.
   """
+  name, found = tfds_splits(source, argument, (field,), split, dir)
+
+  def read(rows, i) -> bytes:
+    try:
+      value = rows[i][field]
+    except RuntimeError as e:  # a record that fails the checksum of its format
+      raise ValueError(one_line(e)) from e
+    return _encode(value, field)
+
+  return (
+    Record(f"{name}/{of}:{i}", functools.partial(read, rows, i), part, by_content=True)
+    for of, part, rows in found
+    for i in range(len(rows))
+  )
+
+
+def tfds_splits(source: str, argument: str, fields: Sequence[str], split: str, dir: str) -> tuple[str, list]:
+  """(name, [(its split, "train", "validation" or None, its examples)]) of a prepared TFDS dataset that has `fields`.
+
+  Its split `validation`, or else `test`, is held out; None where it has neither. Raises UserError.
+  """
   check(argument != "", "source", source, "name a dataset, as in source=tfds:ag_news_subset")
   import tensorflow_datasets
 
@@ -176,30 +201,18 @@ def tfds(source: str, argument: str, field: str = "text", split: str = "train", 
     raise UserError("source", source, _not_prepared(tensorflow_datasets, argument, root)) from None
   splits, features = list(builder.info.splits), sorted(getattr(builder.info.features, "keys", list)())
   check(split in splits, "source", source, f"has no split {split}; choose one with ?split= from {', '.join(splits)}")
-  fix = f"has no field {field}; choose one with ?field= from {', '.join(features) or 'none'}"
-  check(field in features, "source", source, fix)
+  for field in fields:
+    fix = f"has no field {field}; choose one with ?field= from {', '.join(features) or 'none'}"
+    check(field in features, "source", source, fix)
   held_out = next((name for name in ("validation", "test") if name in splits and name != split), None)
   parts = {split: None if held_out is None else "train"} | ({held_out: "validation"} if held_out else {})
   try:
-    sources = [(name, part, builder.as_data_source(name)) for name, part in parts.items()]
+    return builder.name, [(name, part, builder.as_data_source(name)) for name, part in parts.items()]
   except NotImplementedError:
     made = builder.info.file_format.value
     raise UserError("source", source, f"is prepared as {made}; prepare it with file_format=array_record") from None
   except Exception as e:
-    raise UserError("source", source, f"cannot be opened: {_one_line(e)}") from e
-
-  def read(rows, i) -> bytes:
-    try:
-      value = rows[i][field]
-    except RuntimeError as e:  # a record that fails the checksum of its format
-      raise ValueError(_one_line(e)) from e
-    return _encode(value, field)
-
-  return (
-    Record(f"{builder.name}/{name}:{i}", functools.partial(read, rows, i), part, by_content=True)
-    for name, part, rows in sources
-    for i in range(len(rows))
-  )
+    raise UserError("source", source, f"cannot be opened: {one_line(e)}") from e
 
 
 def _not_prepared(tensorflow_datasets, argument: str, root: str) -> str:
@@ -222,7 +235,7 @@ def _encode(value: object, field: str) -> bytes:
   return value.encode("utf-8")
 
 
-def _find(root: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+def find(root: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
   """(relative name, path) of the files under `root`, sorted by name; hidden ones are left out."""
   found = []
   for folder, folders, names in os.walk(root):
@@ -246,7 +259,7 @@ def _read_all(path: Path) -> bytes:
     return f.read()
 
 
-def _one_line(e: Exception) -> str:
+def one_line(e: Exception) -> str:
   return " ".join(str(e).split())[:200]
 
 

@@ -165,7 +165,7 @@ def mixture(game: Game, theta: jax.Array, eta: jax.Array, strength: float = 1.0)
 class State:
   """What an update changes.
 
-  theta [n]: the policy, whose gap is measured. anchor [n]: what optimism starts from, or a magnet.
+  theta [n]: the policy, whose gap is measured. anchor [n]: what optimism starts from, a magnet, or APO's last step.
   data: the comparisons so far, where an update keeps them. step: updates made, int32.
   """
 
@@ -232,6 +232,17 @@ def magnetic(method, game: Game, state: State, eta, key, sampled, period: int = 
   return dataclasses.replace(state, theta=theta, anchor=anchor, step=count)
 
 
+def accelerated(method, game: Game, state: State, eta, key, sampled, coefficient: float = 0.3) -> State:
+  """Momentum over policies: theta' = hat' + a (hat' - hat), hat' = theta + eta F(theta, opponent), hat the anchor.
+
+  Accelerated PO (arXiv 2410.06293; not the anchored one): log-policies are extrapolated, not parameters' steps.
+  """
+  theta = state.theta
+  hat = _centred(theta + eta * method.field(game, theta, method.opponent(game, theta, eta), key, sampled))
+  theta = hat + coefficient * (hat - _centred(state.anchor))
+  return dataclasses.replace(state, theta=_centred(theta), anchor=hat, step=state.step + 1)
+
+
 def accumulated(method, game: Game, state: State, eta, key, sampled, alpha: float = 0.0) -> State:
   """New comparisons of the policy with the opponent join all those before, then one gradient step on the whole.
 
@@ -293,6 +304,7 @@ METHODS: dict[str, Method] = {
   # log pi' = log pi + eta q: self-play multiplicative weights (SPPO, arXiv 2405.00675; SPO, arXiv 2401.04056).
   "sppo": Method(original=True),
   "onpo": Method(update=optimistic, original=True),
+  "apo": Method(update=accelerated, original=True),
   "mmd": Method(update=magnetic),
   "mpo": Method(update=functools.partial(magnetic, period=100)),
   "online_dpo": Method(logistic_pairs, queries=1),
