@@ -171,9 +171,9 @@ def make(cfg: RunConfig, bandit: BanditConfig) -> Experiment:
   )
 
 
-def _train_step(bandit: BanditConfig, exp: Experiment, cfg: RunConfig, state: TrainState, batch):
+def _train_step(bandit: BanditConfig, exp: Experiment, cfg: RunConfig, state: TrainState, batch, reference=None):
   """`bandit.updates` comparisons in every run. Returns (state, metrics)."""
-  del exp, cfg
+  del exp, cfg, reference
   leaves, tree = jax.tree.flatten(state.model)
   specs = jax.tree.unflatten(tree, [_spec(x.ndim) for x in leaves])
   rows = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)

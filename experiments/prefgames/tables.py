@@ -22,7 +22,7 @@ from research.errors import check
 from research.fit import Experiment, TrainState
 from research.mesh import BATCH, batch_shard
 from research.metrics import Mean
-from research.preference import games, tabular
+from research.preference import games, tabular, updates
 from research.preference.tabular import METHODS
 
 FAILED = 1e-3  # a game whose gap stays above this has failed
@@ -89,6 +89,8 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   check(cfg.accumulate == 1, "accumulate", cfg.accumulate, "games are not split into micro-batches; use 1")
   load = functools.partial(draw, table.kinds, cfg.seed, cfg.batch, cfg.length, table.b)
   rule = RULES[table.rule]()
+  each = lambda steps, theta: steps * jnp.asarray(table.rates, theta.dtype)[:, None, None]
+  tx = optax.chain(rule, optax.stateless(each)) if rule else None
   everywhere = jax.jit(functools.partial(_everywhere, table))
 
   def data(split):
@@ -115,11 +117,11 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
     loss=functools.partial(_loss, table),
     data=data,
     batch=batch,
-    tx=optax.GradientTransformation(lambda model: rule.init(model.theta[...]) if rule else (), optax.identity().update),
+    tx=optax.GradientTransformation(lambda model: tx.init(model.theta[...]) if tx else (), optax.identity().update),
     evals={kind: functools.partial(_summary, table, load, everywhere, i) for i, kind in enumerate(table.kinds)},
     flops_per_token={"win rates": 2.0 * cfg.length * len(table.rates) * table.updates * fields(table.method)},
     info=info,
-    train_step=functools.partial(_train_step, table, rule),
+    train_step=functools.partial(_train_step, table, tx),
   )
 
 
@@ -128,9 +130,9 @@ def fields(method: str) -> int:
   return 2 if METHODS[method].update is tabular.extragradient else 1
 
 
-def _train_step(table: TableConfig, rule, exp: Experiment, cfg: RunConfig, state: TrainState, batch):
+def _train_step(table: TableConfig, tx, exp: Experiment, cfg: RunConfig, state: TrainState, batch, reference=None):
   """`table.updates` updates of every policy. Returns (state, metrics)."""
-  del exp
+  del exp, cfg, reference
   model = state.model
   key = jax.random.fold_in(state.key, state.step)
   games_spec = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
@@ -139,7 +141,7 @@ def _train_step(table: TableConfig, rule, exp: Experiment, cfg: RunConfig, state
   moved = (model.theta[...], model.anchor[...], model.total[...], jax.tree.map(jax.reshard, state.opt, opt_spec))
   specs = (STACK, STACK, STACK, opt_spec)
   run = jax.shard_map(
-    functools.partial(_updates, table, rule), in_specs=(specs, games_spec, P(), P()), out_specs=specs, check_vma=False
+    functools.partial(_updates, table, tx), in_specs=(specs, games_spec, P(), P()), out_specs=specs, check_vma=False
   )
   theta, anchor, total, opt = run(moved, batch, key, state.step * table.updates)
   opt = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), opt)
@@ -158,13 +160,16 @@ def _in_order(model: Policies, theta, anchor, total) -> list[jax.Array]:
   return [values[path[0].name] for path in paths]
 
 
-def _updates(table: TableConfig, rule, moved, batch, key: jax.Array, first: jax.Array):
+def _updates(table: TableConfig, tx, moved, batch, key: jax.Array, first: jax.Array):
   """The updates `first`, first + 1, ... of one device's games: moved = (theta, anchor, total, optimiser's state)."""
   method = METHODS[table.method]
   sampled = tabular.Sampled(table.samples, table.hard) if table.samples else None
   rates = jnp.asarray(table.rates, batch["preferences"].dtype)
   b = jnp.asarray(table.b, rates.dtype)
   n = batch["preferences"].shape[-1]
+
+  def per_game(key):
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(batch["game"])
 
   def every(f):  # over games, then over rates; f takes (game, theta, other, rate, key)
     g = lambda p, r, *rest: f(tabular.Game(p, r, b), *rest)
@@ -174,9 +179,9 @@ def _updates(table: TableConfig, rule, moved, batch, key: jax.Array, first: jax.
 
   def one(moved, i):
     theta, anchor, total, opt = moved
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, i)))(batch["game"])
+    key_now = jax.random.fold_in(key, i)
     total = total + jax.nn.softmax(theta)
-    if rule is None:
+    if tx is None:
 
       def update(game, theta, anchor, eta, key):
         eta = eta / (1 + eta * b * (first + i)) if table.decay else eta
@@ -184,24 +189,18 @@ def _updates(table: TableConfig, rule, moved, batch, key: jax.Array, first: jax.
         end = method(game, start, eta, key, sampled)
         return end.theta, end.anchor
 
-      theta, anchor = every(update)(theta, anchor, rates, keys)
+      theta, anchor = every(update)(theta, anchor, rates, per_game(key_now))
       return (theta, anchor, total, opt), None
 
     def field(game, theta, other, eta, key):
       eta = eta * 4 / (b * n)  # for the opponents that know of it
       return method.field(game, theta, method.opponent(game, other, eta), key, sampled)
 
-    def step(other, keys):
-      gradient = -4 / (b * n) * every(field)(theta, other, rates, keys)
-      updates, new = rule.update(gradient, opt, theta)
-      return theta + rates[:, None, None] * updates, new
+    def gradient(theta, other, key):
+      return -4 / (b * n) * every(field)(theta, other, rates, per_game(key)), None
 
-    other = theta
-    if method.update is tabular.extragradient:  # the half step's optimiser state is dropped with its parameters
-      both = jax.vmap(jax.random.split)(keys)
-      other, _ = step(theta, both[:, 0])
-      keys = both[:, 1]
-    theta, opt = step(other, keys)
+    update = updates.extragradient if method.update is tabular.extragradient else updates.plain
+    theta, opt, _ = update(gradient, tx, theta, opt, key_now)
     return (theta - jnp.mean(theta, axis=-1, keepdims=True), anchor, total, opt), None
 
   return jax.lax.scan(one, moved, jnp.arange(table.updates))[0]
