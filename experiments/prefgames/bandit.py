@@ -203,7 +203,7 @@ def _comparisons(bandit: BanditConfig, model: Learners, batch, key: jax.Array, d
     model.first[...] = jnp.where((model.first[...] < 0) & good, done + i + 1, model.first[...])
     return model, None
 
-  return jax.lax.scan(one, model, jnp.arange(bandit.updates))[0]
+  return jax.lax.scan(one, model, jnp.arange(bandit.updates, dtype=done.dtype))[0]
 
 
 def _label(bandit: BanditConfig, log_policy, log_r, rewards, key):

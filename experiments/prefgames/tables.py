@@ -203,7 +203,7 @@ def _updates(table: TableConfig, tx, moved, batch, key: jax.Array, first: jax.Ar
     theta, opt, _ = update(gradient, tx, theta, opt, key_now)
     return (theta - jnp.mean(theta, axis=-1, keepdims=True), anchor, total, opt), None
 
-  return jax.lax.scan(one, moved, jnp.arange(table.updates))[0]
+  return jax.lax.scan(one, moved, jnp.arange(table.updates, dtype=first.dtype))[0]
 
 
 def _measures(table: TableConfig, theta: jax.Array, batch) -> dict[str, jax.Array]:

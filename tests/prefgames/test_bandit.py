@@ -72,7 +72,7 @@ def test_the_running_sums_are_xpos_objective_on_all_comparisons():
 
 def test_one_rare_response_keeps_online_dpo_waiting_and_xpo_not():
   bs = (0.03, 0.02)
-  shared = {"steps": 10, "size": 1, "bs": bs, "updates": 200}
+  shared = {"steps": 10, "size": 1, "bs": bs, "updates": 200, "alpha": 0.1}
   _, dpo = learnt(algorithm="dpo_reference", **shared)
   _, xpo = learnt(algorithm="xpo", **shared)
   _, flipped = learnt(algorithm="xpo_flipped", **shared)
@@ -98,10 +98,19 @@ def test_prefixes_start_as_the_reference_and_give_a_distribution():
 @pytest.mark.parametrize("policies", ["softmax", "tokens"])
 def test_a_bonus_under_gradient_descent_moves_away_from_the_reference(policies):
   kind = "lock" if policies == "tokens" else "arms"
-  settings = {"kind": kind, "size": 2, "bs": (0.05,), "policies": policies, "updates": 1, "alpha": 1.0, "inner": 1}
+  settings = {
+    "kind": kind,
+    "size": 2,
+    "bs": (0.05,),
+    "policies": policies,
+    "updates": 1,
+    "alpha": 1.0,
+    "inner": 1,
+    "rate": 0.01,
+  }
   mass = {}
   for algorithm in ("xpo", "dpo_reference", "xpo_flipped"):
     model, _ = learnt(1, algorithm=algorithm, **settings)
     cfg = BanditConfig(**settings, algorithm=algorithm)
-    mass[algorithm] = np.mean([np.exp(bandit.policy(cfg, theta))[0] for theta in model.theta[...][0]])
+    mass[algorithm] = np.mean([np.exp(bandit.policy(cfg, theta))[0] for theta in np.asarray(model.theta[...])[0]])
   assert mass["xpo"] < mass["dpo_reference"] < mass["xpo_flipped"]

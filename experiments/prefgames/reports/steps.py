@@ -41,10 +41,9 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       line = sorted(line)
       xs = [x for x, *_ in line]
       for ax, k in zip(column, (1, 2), strict=True):
-        values = np.array([point[k] for point in line])
-        values = np.where(np.isfinite(values), values, np.nan)
-        mean = [np.mean(v[~np.isnan(v)]) if (~np.isnan(v)).any() else math.nan for v in values]
-        ax.plot(xs, mean, label=method(name), **parts.style(i))
+        middle = [np.median(point[k]) for point in line]  # of seeds; where most never succeed, no point
+        middle = [v if math.isfinite(v) else math.nan for v in middle]
+        ax.plot(xs, middle, label=method(name), **parts.style(i))
     column[0].set(title=f"b = {at:g}" if lock else f"{at} rare response{'s' * (at > 1)}", ylim=(-0.03, 1.03))
     column[1].axhline(cfg.steps * cfg.bandit.updates, color="grey", linewidth=0.8, linestyle="--")
     column[1].set(yscale="log", xlabel="bits of the lock" if lock else "1 / b", ylim=(0.8, None))
@@ -55,7 +54,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   legend_below(fig, column[0], 3)
   what = {"class": "exact argmin over a finite class", "softmax": "free softmax, gradient descent"}
   what["tokens"] = "free logits of every prefix, gradient descent"
-  told = f"{what[cfg.bandit.policies]}; {cfg.batch} runs a seed, mean over {len(cfg.seeds)} seeds; dashed: the budget"
+  told = f"{what[cfg.bandit.policies]}; {cfg.batch} runs a seed, median of {len(cfg.seeds)} seed(s); dashed: the budget"
   fig.suptitle(told, fontsize=10)
   header = ["algorithm", "bits" if lock else "rare responses"]
   header += [f"b = {b:g}: {what}" for b in bs for what in ("share (± SD)", "median comparisons by seed")]
