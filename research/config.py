@@ -62,6 +62,7 @@ class RunConfig:
   log_every: int = 10
   eval_every: int = 100  # also evaluated at the first and the last step; 0: at the last only
   eval_batches: int = 0  # 0: the whole validation split
+  x64: bool = False  # float64 for what names no dtype, for numbers of more than seven digits; slow on accelerators
   skip_nonfinite: int = 0  # so many non-finite steps in a row are skipped, the next one stops the run
   resume: str = ""  # a workdir whose newest checkpoint to go on from, when this one has none
   # a workdir, published weights, or arm:NAME: parameters to start from, when there is nothing to resume

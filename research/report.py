@@ -56,12 +56,12 @@ def draw(
     ax.fill_between(steps, values.min(0), values.max(0), color=style(i)["color"], alpha=0.2, linewidth=0)
 
 
-def figure(columns: int = 1) -> tuple[Figure, Any]:
-  """A figure of `columns` panels side by side and its axes, in the house style."""
-  fig = Figure(figsize=(0.8 + 4.6 * columns, 3.8), layout="constrained")
+def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+  """A figure of `columns` panels side by side in each of `rows` and its axes, in the house style."""
+  fig = Figure(figsize=(0.8 + 4.6 * columns, 0.4 + 3.4 * rows), layout="constrained")
   FigureCanvasAgg(fig)
-  axes = fig.subplots(1, columns)
-  for ax in np.atleast_1d(axes):
+  axes = fig.subplots(rows, columns)
+  for ax in np.ravel(axes):
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
   return fig, axes

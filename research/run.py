@@ -7,6 +7,7 @@ or Ctrl-C after saving: run it again. Of several processes all end with the same
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import math
@@ -69,6 +70,23 @@ def run(build, report) -> None:
   check(args.workdir != "", "workdir", "''", "name a directory, or leave --workdir out")
   workdir = paths.parse(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
+  with double(cfg.x64):
+    run_all(build, report, cfg, args.config, overrides, workdir)
+
+
+@contextlib.contextmanager
+def double(x64: bool):
+  """Float64 for what names no dtype, in every thread: orbax restores in ones that `jax.enable_x64` does not reach."""
+  before = jax.config.jax_enable_x64
+  jax.config.update("jax_enable_x64", x64)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_x64", before)
+
+
+def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str], workdir: paths.Path) -> None:
+  """Every run of `cfg`, which `spec` and `overrides` made, then its report."""
   stop = StopSignal()
   singles = config.expand(cfg)
   jobs = []
@@ -80,7 +98,7 @@ def run(build, report) -> None:
   with lock(workdir):
     done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
     info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
-    manifest.open_workdir(workdir, cfg, args.config, overrides, info, trains=not all(done))
+    manifest.open_workdir(workdir, cfg, spec, overrides, info, trains=not all(done))
     for arm, single, mesh, exp, start in jobs:
       writer = Writer(workdir, arm, single.seed, single.steps)
       keep = (single.checkpoint.keep_last, single.checkpoint.keep_every)

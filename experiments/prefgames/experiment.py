@@ -1,0 +1,31 @@
+"""Learning from preferences that need not be transitive: exact games, and exploration where the reference is poor."""
+
+import dataclasses
+from typing import Literal
+
+from experiments.prefgames import bandit, tables
+from experiments.prefgames.bandit import BanditConfig
+from experiments.prefgames.tables import TableConfig
+from research.config import RunConfig
+from research.fit import Experiment
+
+TASKS = {"table": tables.make, "bandit": bandit.make}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+  experiment: str = "prefgames"
+  task: Literal[*TASKS] = "table"
+  report: Literal["gaps", "sweep", "contraction", "original", "optimisers", "steps"] = "gaps"
+  batch: int = 32  # games, or runs of a bandit
+  length: int = 10  # responses of a game; a bandit has its own size
+  log_every: int = 100
+  x64: bool = True
+  # each task's settings, under its name
+  table: TableConfig = TableConfig()
+  bandit: BanditConfig = BanditConfig()
+
+
+def build(cfg: Config) -> Experiment:
+  """One run: one method on many games. Call it under the run's mesh."""
+  return TASKS[cfg.task](cfg, getattr(cfg, cfg.task))

@@ -1,0 +1,19 @@
+"""Figures and tables of a finished workdir; `--config.report` names one."""
+
+from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep
+from research import paths
+from research.config import RunConfig
+
+REPORTS = {
+  "gaps": gaps.report,
+  "sweep": sweep.report,
+  "contraction": contraction.report,
+  "original": original.report,
+  "optimisers": optimisers.report,
+  "steps": steps.report,
+}
+
+
+def report(workdir: paths.Path, cfg: RunConfig) -> None:
+  """Writes report/ of a finished workdir, and prints the table and where the figure is."""
+  REPORTS[cfg.report](workdir, cfg)
