@@ -35,8 +35,7 @@ from research.tools.params import path_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
-# What --all plans for: a host, and the sizes that the papers' runs are of, the largest for more than 100B parameters.
-MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:16x16x16", "h100:8")
+HOST = ("v5e:2x2",)  # what --all plans a config for that names no other PODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,38 +441,47 @@ def specs() -> list[tuple[str, config.RunConfig]]:
   return found
 
 
+def pods_of(spec: str) -> tuple[str, ...]:
+  """The pods that a config is made for: its PODS, or one host."""
+  return runpy.run_path(str(ROOT / spec.partition(":")[0])).get("PODS", HOST)
+
+
 def plan_all(again: bool) -> None:
-  """Plans every config on MATRIX and keeps docs/pods.json and docs/pods.md: what they lack or, `again`, all of it."""
-  pods = [topology.parse(name) for name in MATRIX]
-  for pod in [pod for pod in pods if topology.missing(pod)]:
-    print(f"left out: {pod.name}: {topology.missing(pod)}", file=sys.stderr)
-    pods.remove(pod)
-  check(bool(pods), "all", "", "nothing to compile with; pip install -e '.[aot]'")
+  """Plans every config for its pods and keeps docs/pods.json and docs/pods.md: what they lack or, `again`, all of it."""
   docs, found = ROOT / "docs", specs()
+  wanted = {(spec, name): topology.parse(name) for spec, _ in found for name in pods_of(spec)}
+  missing = {pod.name: topology.missing(pod) for pod in wanted.values() if topology.missing(pod)}
+  for name, why in missing.items():
+    print(f"left out: {name}: {why}", file=sys.stderr)
+  some = len(missing) < len({name for _, name in wanted})
+  check(some, "all", "", "nothing to compile with; pip install -e '.[aot]'")
   known = {(entry["config"], entry["topology"]): entry for entry in json.loads((docs / "pods.json").read_text())}
 
   def keep():
-    entries = [known[spec, name] for spec, _ in found for name in MATRIX if (spec, name) in known]
+    entries = [known[key] for key in wanted if key in known]
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     (docs / "pods.json").write_text(f"[\n{lines}\n]\n")
     (docs / "pods.md").write_text(page(entries))
 
-  for single, pod, entry in lacking(found, pods, {} if again else known):
+  for single, name, entry in lacking(found, {} if again else known):
+    if name in missing:
+      continue
+    pod = wanted[entry["config"], name]
     try:
       entry |= as_json(plan(entry["config"], entry["arm"], single, pod))
     except UserError as e:
       entry |= {"refused": str(e)}
-    known[entry["config"], pod.name] = entry
+    known[entry["config"], name] = entry
     print(*row(entry), sep=" | ", flush=True)
-    keep()  # all of it takes an hour
+    keep()  # all of it takes long
   keep()
   print(f"{docs / 'pods.md'} and {docs / 'pods.json'} have every config")
 
 
 def lacking(
-  found: list[tuple[str, config.RunConfig]], pods: list[Topology], known: dict[tuple[str, str], dict[str, Any]]
-) -> list[tuple[config.RunConfig, Topology, dict[str, Any]]]:
-  """(a single run, a pod, how its entry begins) of all that `known` lacks or has of other settings.
+  found: list[tuple[str, config.RunConfig]], known: dict[tuple[str, str], dict[str, Any]]
+) -> list[tuple[config.RunConfig, str, dict[str, Any]]]:
+  """(a single run, a pod's name, how its entry begins) of all that `known` lacks or has of other settings.
 
   The run is the last arm of its config, which is the paper's own.
   """
@@ -481,9 +489,9 @@ def lacking(
   for spec, cfg in found:
     arm, single = config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1]))[-1]
     begins = {"config": spec, "arm": arm, "settings": config.digest(config.flat(single))}
-    for pod in pods:
-      if not begins.items() <= known.get((spec, pod.name), {}).items():
-        out.append((single, pod, begins | {"topology": pod.name}))
+    for name in pods_of(spec):
+      if not begins.items() <= known.get((spec, name), {}).items():
+        out.append((single, name, begins | {"topology": name}))
   return out
 
 

@@ -26,6 +26,7 @@ SIZES = {
   "19b": (6144, 48, 48, 4, 16384, 12288, 200e9, 48_000, 256, 2e-4, 3000),
 }
 ARGS = tuple(SIZES)
+PODS = ("v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:16x16x16", "h100:8")
 
 
 def get_config(arg=None):
