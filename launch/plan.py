@@ -447,7 +447,7 @@ def pods_of(spec: str) -> tuple[str, ...]:
 
 
 def plan_all(again: bool) -> None:
-  """Plans every config for its pods and keeps docs/pods.json and docs/pods.md: what they lack or, `again`, all of it."""
+  """Plans every config for its pods and keeps docs/pods.json and docs/pods.md: what they lack, or `again` all."""
   docs, found = ROOT / "docs", specs()
   wanted = {(spec, name): topology.parse(name) for spec, _ in found for name in pods_of(spec)}
   missing = {pod.name: topology.missing(pod) for pod in wanted.values() if topology.missing(pod)}
