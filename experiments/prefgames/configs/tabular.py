@@ -4,7 +4,7 @@ EGPO's own tables (arXiv 2503.08942; `simulations/` of its public code): 10 resp
 references of normal logits, a policy that starts at its reference. The official step sizes and numbers of updates, as
 eta = 4 lr / (b n); 32 games a seed where the paper draws one, and as many transitive ones, where nobody should fail.
 `:sampled` estimates every update from 100 samples (b = 0.01, the official step and 100,000 updates, 10 games a seed);
-`:sweep` tries seven step sizes a method; `:certificate` follows KL(equilibrium || policy) from update to update for EGPO.
+`:sweep` tries seven step sizes a method; `:certificate` follows EGPO's KL(equilibrium || policy) update by update.
 Cost: about 1.5 minutes on 2 CPU cores; `:sweep` about 3, `:certificate` half a minute, `:sampled` about 12.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/tabular.py
