@@ -45,23 +45,23 @@ def measure(case: Case) -> list[dict]:
   programs = {}
   for name, f in forwards.items():
     programs[name, "fwd"] = jax.jit(lambda q, k, v, ids, ct, f=f: f(q, k, v, ids))
-    programs[name, "fwd_bwd"] = jax.jit(functools.partial(_forward_and_backward, f))
-  medians = _medians(programs, args)
+    programs[name, "fwd_bwd"] = jax.jit(functools.partial(forward_and_backward, f))
+  seconds = medians(programs, args)
   return [
     case._asdict()
     | {"implementation": name}
-    | {f"{what}_ms": 1e3 * medians[name, what] for what in ("fwd", "fwd_bwd")}
-    | {"ratio": medians[name, "fwd_bwd"] / medians["jax.nn", "fwd_bwd"]}
+    | {f"{what}_ms": 1e3 * seconds[name, what] for what in ("fwd", "fwd_bwd")}
+    | {"ratio": seconds[name, "fwd_bwd"] / seconds["jax.nn", "fwd_bwd"]}
     for name in forwards
   ]
 
 
-def _forward_and_backward(f, q, k, v, ids, ct):
+def forward_and_backward(f, q, k, v, ids, ct):
   out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, ids), q, k, v)
   return out, vjp(ct)
 
 
-def _medians(programs, args) -> dict:
+def medians(programs, args) -> dict:
   seconds = {name: [] for name in programs}
   for window in range(1 + WINDOWS):
     for name, program in programs.items():  # taking turns: noise of the machine meets all

@@ -1,5 +1,6 @@
 """Benchmark records: numbers beside everything needed to judge or repeat them."""
 
+import datetime
 from importlib.metadata import version
 import json
 import os
@@ -20,6 +21,7 @@ def write(path: str | Path, name: str, rows: list[dict]) -> None:
     "name": name,
     "command": shlex.join(["python", *sys.orig_argv[1:]]),
     "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
     "python": platform.python_version(),
     "jax": version("jax"),
     "cpu": _cpu(),

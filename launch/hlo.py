@@ -181,12 +181,12 @@ def count(
   axes: dict[str, int],
   peak_flops: float = math.inf,
   bandwidth: float = math.inf,
-  kernel_flops: Callable[[str, list[tuple[int, ...]]], float | None] = lambda name, shapes: None,
+  kernel_flops: Callable[[str, list[Array]], float | None] = lambda name, operands: None,
 ) -> Counts:
   """One run of the program `text` on one device of a mesh with `axes` {name: size}.
 
   peak_flops [1/s] and bandwidth [bytes/s] of a device make `compute_seconds`.
-  kernel_flops(name, shapes of operands) knows what a custom call computes, or None.
+  kernel_flops(name, operands) knows what a custom call computes, or None.
   """
   computations, entry = parse(text)
   counts = Counts()
@@ -243,7 +243,7 @@ def count(
     told = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
     if told:
       return float(told[1])
-    flops = kernel_flops(name, [a.dims for o in instruction.operands for a in within.instructions[o].types])
+    flops = kernel_flops(name, [a for o in instruction.operands for a in within.instructions[o].types])
     if flops is None:
       counts.uncounted.append(f"kernel {name}: its FLOPs are not known")
     return flops or 0.0

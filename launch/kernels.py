@@ -131,7 +131,7 @@ class Compiler:
     for name, program in programs.items():
       for file in self.folder.iterdir():
         file.unlink()
-      operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on) for x in program.operands]
+      operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), program.operands)
       text = jax.jit(program.call).lower(*operands).compile().as_text()
       computations, _ = hlo.parse(text)
       for computation in computations.values():

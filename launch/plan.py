@@ -28,14 +28,15 @@ from research import config, run
 from research.errors import UserError, check
 from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step, on_devices
 from research.kernels.attention import splash
+from research.kernels.lightning_attention import pallas_gpu
 from research.mesh import BATCH
 from research.report import table
 from research.tools.params import path_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
-# What --all plans for: a host, and the sizes that the papers' runs are of.
-MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "h100:8")
+# What --all plans for: a host, and the sizes that the papers' runs are of, the largest for more than 100B parameters.
+MATRIX = ("v5e:2x2", "v5e:16x16", "v6e:16x16", "v5p:8x8x8", "v5p:16x16x16", "h100:8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,9 @@ def main() -> None:
   parser.add_argument("--topology", metavar="NAME", help="a pod slice or GPU nodes: v5p:8x8x8, h100:8, h100:4x8")
   parser.add_argument("--find", metavar="GENERATION", help=f"the smallest that fits, of {', '.join(topology.SIZES)}")
   parser.add_argument(
-    "--all", action="store_true", help="every config of every experiment; writes docs/pods.md and .json"
+    "--all", action="store_true", help="every config of every experiment that docs/pods.md lacks or has otherwise"
   )
+  parser.add_argument("--again", action="store_true", help="with --all: also those that it has")
   parser.add_argument(
     "--what", choices=("train", "decode"), default="train", help="a training step, or one token a row"
   )
@@ -105,9 +107,11 @@ def main() -> None:
   check(args.all or args.config, "config", "''", "name a config file: --config=FILE.py:ARG")
   given = args.config or " ".join(overrides)
   check(not (args.all and given), "config", given, "--all takes every config as it is")
+  check(not (args.all and args.what != "train"), "what", args.what, "--all plans training steps")
+  check(args.all or not args.again, "again", "", "goes with --all")
   topology.environment()
   if args.all:
-    plan_all(args.what)
+    plan_all(args.again)
     return
   with ptx.dumped():  # where XLA's GPU compiler is asked
     plan_one(args, overrides)
@@ -133,8 +137,8 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
 
   fixes: where it does not fit, look for the cheapest change that does.
   """
-  mesh = topology.make_mesh(cfg.mesh, pod)
   check_batch(cfg, pod)
+  mesh = topology.make_mesh(cfg.mesh, pod)
   with jax.set_mesh(mesh):
     exp = config.experiment_module(cfg.experiment).build(cfg)
     state, batch = on_devices(abstract_state(exp)), on_devices(abstract_batch(exp))
@@ -190,7 +194,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     dict(mesh.shape),
     chip.flops / pod.devices_per_chip,
     chip.bandwidth / pod.devices_per_chip,
-    kernel_flops=splash.flops,
+    kernel_flops=kernel_flops,
   )
   registers = ptx.registers(list(counts.kernels)) if pod.generation in topology.GPUS else {}
   # axes may use links of their own at the same time: the busiest bounds the step
@@ -202,6 +206,13 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
   return dataclasses.replace(
     whole, counts=counts, link_seconds=links, step_seconds=max(counts.compute_seconds, links), registers=registers
   )
+
+
+def kernel_flops(name: str, operands: list[hlo.Array]) -> float | None:
+  """What a custom call that the compiler knows nothing of computes; None for a kernel that is not ours."""
+  shapes = [array.dims for array in operands]
+  known = splash.flops(name, shapes)
+  return pallas_gpu.flops(name, shapes, operands[0].bits) if known is None else known
 
 
 def check_batch(cfg: config.RunConfig, pod: Topology) -> None:
@@ -315,9 +326,8 @@ def suggest(whole: Plan, cfg: config.RunConfig, pod: Topology) -> list[tuple[str
   stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
   candidates += [[f"model.remat={kind}"] for kind in stronger[fields.get("model.remat", "full")]]
   if cfg.mesh.partition == "fsdp_tp":
-    candidates += [
-      [f"mesh.model={n}"] for n in _doublings(2 * sizes["model"], min(fields.get("model.kv_heads", 1), 16))
-    ]
+    heads = fields.get("model.kv_heads", fields.get("model.heads", 1))
+    candidates += [[f"mesh.model={n}"] for n in _doublings(2 * sizes["model"], min(heads, 16))]
   candidates.append(["tx.moments=bfloat16"])
   least = [f"accumulate={rows}"] * (rows > 1) + ["model.remat=full"] * ("model.remat" in fields)
   candidates += [least, [*least, "tx.moments=bfloat16"]] if least else []
@@ -404,7 +414,8 @@ def describe(p: Plan) -> str:
     told = [(name, str(used), str(spilled)) for name, (used, spilled) in p.registers.items()]
     lines += ["", table(["Triton kernel", "registers a thread", "bytes spilled a thread"], told)]
   if pod.generation in topology.GPUS:
-    lines.append("planned with XLA's attention: cuDNN's, which runs on the GPU, cannot be compiled without one")
+    if not c.kernels:
+      lines.append("planned with XLA's attention: cuDNN's, which runs on the GPU, cannot be compiled without one")
     lines.append("jax takes 75 % of a GPU's memory unless told more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92")
   return "\n".join(lines) + "\n"
 
@@ -431,27 +442,49 @@ def specs() -> list[tuple[str, config.RunConfig]]:
   return found
 
 
-def plan_all(what: str) -> None:
-  """Plans the last arm of every config, which is the paper's own, on MATRIX; writes docs/pods.md and docs/pods.json."""
+def plan_all(again: bool) -> None:
+  """Plans every config on MATRIX and keeps docs/pods.json and docs/pods.md: what they lack or, `again`, all of it."""
   pods = [topology.parse(name) for name in MATRIX]
   for pod in [pod for pod in pods if topology.missing(pod)]:
     print(f"left out: {pod.name}: {topology.missing(pod)}", file=sys.stderr)
     pods.remove(pod)
-  check(bool(pods), "all", what, "nothing to compile with; pip install -e '.[aot]'")
-  docs = ROOT / "docs"
-  entries = []
-  for spec, cfg in specs():
+  check(bool(pods), "all", "", "nothing to compile with; pip install -e '.[aot]'")
+  docs, found = ROOT / "docs", specs()
+  known = {(entry["config"], entry["topology"]): entry for entry in json.loads((docs / "pods.json").read_text())}
+
+  def keep():
+    entries = [known[spec, name] for spec, _ in found for name in MATRIX if (spec, name) in known]
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    (docs / "pods.json").write_text(f"[\n{lines}\n]\n")
+    (docs / "pods.md").write_text(page(entries))
+
+  for single, pod, entry in lacking(found, pods, {} if again else known):
+    try:
+      entry |= as_json(plan(entry["config"], entry["arm"], single, pod))
+    except UserError as e:
+      entry |= {"refused": str(e)}
+    known[entry["config"], pod.name] = entry
+    print(*row(entry), sep=" | ", flush=True)
+    keep()  # all of it takes an hour
+  keep()
+  print(f"{docs / 'pods.md'} and {docs / 'pods.json'} have every config")
+
+
+def lacking(
+  found: list[tuple[str, config.RunConfig]], pods: list[Topology], known: dict[tuple[str, str], dict[str, Any]]
+) -> list[tuple[config.RunConfig, Topology, dict[str, Any]]]:
+  """(a single run, a pod, how its entry begins) of all that `known` lacks or has of other settings.
+
+  The run is the last arm of its config, which is the paper's own.
+  """
+  out = []
+  for spec, cfg in found:
     arm, single = config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1]))[-1]
+    begins = {"config": spec, "arm": arm, "settings": config.digest(config.flat(single))}
     for pod in pods:
-      try:
-        entries.append(as_json(plan(spec, arm, single, pod, what)))
-      except UserError as e:
-        entries.append({"config": spec, "arm": arm, "topology": pod.name, "refused": str(e)})
-      print(*row(entries[-1]), sep=" | ", flush=True)
-  lines = ",\n".join(json.dumps(entry) for entry in entries)
-  (docs / "pods.json").write_text(f"[\n{lines}\n]\n")
-  (docs / "pods.md").write_text(page(entries))
-  print(f"wrote {docs / 'pods.md'} and {docs / 'pods.json'}")
+      if not begins.items() <= known.get((spec, pod.name), {}).items():
+        out.append((single, pod, begins | {"topology": pod.name}))
+  return out
 
 
 def row(entry: dict[str, Any]) -> tuple[str, ...]:

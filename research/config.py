@@ -9,8 +9,10 @@ check what the file wrote, and name the choices in every message.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import pathlib
 import types
@@ -133,6 +135,7 @@ _TINY = {
   "tx.warmup": 2,
   "model.layers": 2,
   "model.mlp_width": 64,
+  "model.glu_width": 64,
   "model.vocab": 512,
   "data.bpe_vocab": 512,
 }
@@ -145,9 +148,11 @@ def shrink(cfg: ConfigDict) -> ConfigDict:
     if flat.get(path, 0) > most:
       _put(cfg, path, most)
   if "model.heads" in flat:
-    group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
     heads = min(flat["model.heads"], 4)
-    cfg.model.update(heads=heads, kv_heads=max(heads // max(group, 1), 1), head_dim=16, width=16 * heads)
+    if "model.kv_heads" in flat:
+      group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
+      cfg.model.kv_heads = max(heads // max(group, 1), 1)
+    cfg.model.update(heads=heads, head_dim=16, width=16 * heads)
   cfg.mesh = as_configdict(MeshConfig(partition=cfg.mesh.partition))
   cfg.seeds = tuple(cfg.seeds)[:2]
   return cfg
@@ -222,6 +227,11 @@ def as_configdict(value: Any) -> Any:
 def flat(cfg: Any) -> dict[str, Any]:
   """A frozen config as {dotted path: value}."""
   return dict(_flatten(as_configdict(cfg)))
+
+
+def digest(tree: Any) -> str:
+  """A short hash of what JSON can write."""
+  return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _get_config(path: str, arg: str) -> ConfigDict:

@@ -67,6 +67,21 @@ def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
   return fig, axes
 
 
+def dots(values: Mapping[str, Sequence[float]], label: Callable[[str], str], xlabel: str) -> Figure:
+  """A row for each arm, named by `label(arm)`: a dot for each of its values, a bar for their mean, and a line at 0."""
+  fig, ax = figure()
+  fig.set_figheight(1.2 + 0.3 * len(values))
+  for i, of_arm in enumerate(values.values()):
+    ax.plot(of_arm, [i] * len(of_arm), "o", color=COLOURS[0], markersize=4, alpha=0.7)
+    ax.plot(np.mean(of_arm), i, "|", color=COLOURS[1], markersize=16, markeredgewidth=2)
+  ax.axvline(0, color="grey", linewidth=1)
+  ax.set_yticks(range(len(values)), [label(arm) for arm in values], fontsize=8)
+  ax.invert_yaxis()
+  ax.set_xlabel(xlabel, fontsize=9)
+  ax.set_title("a dot a seed, a bar their mean; left is better", fontsize=10)
+  return fig
+
+
 def over_seeds(by_arm: Mapping[str, Mapping[int, Any]]) -> str:
   """What a line and its band show, for a title."""
   counts = {len(seeds) for seeds in by_arm.values()}
@@ -121,6 +136,14 @@ def write_results(workdir: paths.Path, results: Mapping[str, Any]) -> paths.Path
   path = workdir / "report" / "results.json"
   path.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
   return path
+
+
+def finish(workdir: paths.Path, fig: Figure, name: str, table: str) -> None:
+  """Writes the figure to report/`name` and prints the table and where everything is."""
+  path = workdir / "report" / name
+  with path.open("wb") as file:
+    fig.savefig(file, dpi=150, format=path.suffix[1:])
+  print(f"\n{table}\n\nfigure:  {path}\nresults: {workdir / 'report' / 'results.json'}")
 
 
 def _finite(x: Any) -> Any:

@@ -10,8 +10,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -195,11 +193,10 @@ def prepare(build, cfg: config.RunConfig):
 def same_everywhere(cfg: config.RunConfig, info: dict[str, Any]) -> None:
   """Raises UserError where a process has other settings, data or packages than process 0: nothing later would tell."""
   if distributed.several():
-    digest = lambda tree: hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
     fix = "is not what process 0 has; start all processes with the same"
     distributed.agree("jax", jax.__version__, f"{fix} packages")
-    distributed.agree("config", digest(config.flat(cfg)), f"{fix} command (this is a hash of the settings)")
-    distributed.agree("data", digest(info), f"{fix} data and Python (this is the data's hash)")
+    distributed.agree("config", config.digest(config.flat(cfg)), f"{fix} command (this is a hash of the settings)")
+    distributed.agree("data", config.digest(info), f"{fix} data and Python (this is the data's hash)")
 
 
 def start_points(

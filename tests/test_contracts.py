@@ -33,7 +33,7 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.split("confi
 
 def test_experiments_and_configs_are_found():
   assert [p.name for p in EXPERIMENTS] == sorted({p.parts[1] for p in CONFIGS})
-  assert "kvshift" in [p.name for p in EXPERIMENTS]
+  assert {"kvshift", "transnormer"} <= {p.name for p in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda p: p.name)

@@ -27,5 +27,5 @@ def test_it_is_committed_as_it_was_written(path):
     assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
 
 
-def test_there_is_one_for_the_first_paper():
-  assert "kvshift" in [p.stem for p in NOTEBOOKS]
+def test_there_is_one_for_each_paper():
+  assert {"kvshift", "transnormer"} <= {p.stem for p in NOTEBOOKS}

@@ -1,5 +1,6 @@
 """KV shifting attention against plain attention and its peers, on text and on synthetic tasks."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Literal
@@ -13,13 +14,11 @@ from experiments.kvshift.tasks.induction import InductionConfig
 from experiments.kvshift.tasks.math import MathConfig
 from experiments.kvshift.tasks.ngram import NgramConfig
 from experiments.kvshift.variants import VARIANTS
-from research import data, optim
+from research import optim
 from research.config import RunConfig
 from research.data import TextConfig
-from research.errors import UserError, check
 from research.fit import Experiment
-from research.mesh import batch_shard
-from research.models.decoder import next_token_loss
+from research.language_modelling import language_modelling, rows
 from research.models.transformer import Transformer, TransformerConfig, flops_per_token
 
 ATTENTIONS = {"plain": None, "kvshift": KVShift, **VARIANTS}
@@ -44,21 +43,8 @@ class Config(RunConfig):
 def build(cfg: Config) -> Experiment:
   """One run of one attention with one seed. Call it under the run's mesh; it reads no data yet."""
   cfg.model.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), cfg.mesh.partition)
-  source, info, loss, batch = _text(cfg) if cfg.task == "text" else _synthetic(cfg)
-
-  def rows(split):
-    shard = batch_shard(jax.sharding.get_mesh())
-    return data.batches(source(split), cfg.batch, seed=cfg.seed, shard=shard, train=split == "train")
-
-  return Experiment(
-    init=functools.partial(make_model, cfg),
-    loss=loss,
-    data=rows,
-    batch=batch,
-    tx=optim.make(cfg.tx, cfg.steps),
-    flops_per_token=flops_per_token(cfg.model, cfg.length),
-    info=info,
-  )
+  kind = language_modelling if cfg.task == "text" else _synthetic
+  return kind(cfg, functools.partial(make_model, cfg), flops_per_token(cfg.model, cfg.length))
 
 
 def make_model(cfg: Config, key: jax.Array) -> Transformer:
@@ -66,29 +52,23 @@ def make_model(cfg: Config, key: jax.Array) -> Transformer:
   return Transformer(key, cfg.model, cfg.mesh.partition, ATTENTIONS[cfg.attention])
 
 
-def _text(cfg: Config):
-  @functools.cache
-  def load():
-    try:
-      text = data.load(cfg.data, cfg.length, cfg.seed)
-    except UserError as e:
-      raise e.under("data") from None
-    needed, name = text.tokenizer.vocab, text.tokenizer.name
-    check(needed <= cfg.model.vocab, "model.vocab", cfg.model.vocab, f"tokenizer {name} needs at least {needed}")
-    return text
-
-  batch = functools.partial(data.abstract_rows, cfg.batch, cfg.length)
-  return lambda split: load().split(split), lambda: load().info(), next_token_loss, batch
-
-
-def _synthetic(cfg: Config):
-  rows = functools.partial(TASKS[cfg.task], getattr(cfg, cfg.task), cfg.model.vocab, cfg.length, cfg.seed)
+def _synthetic(cfg: Config, init: Callable, flops_per_token: dict[str, float]) -> Experiment:
+  task = getattr(cfg, cfg.task)
+  source = functools.partial(TASKS[cfg.task], task, cfg.model.vocab, cfg.length, cfg.seed)
 
   def info():
-    return {"source": cfg.task, "rows": {split: len(rows(split)) for split in ("train", "validation")}}
+    return {"source": cfg.task, "rows": {split: len(source(split)) for split in ("train", "validation")}}
 
   def batch():
-    row = rows("train")[0]
+    row = source("train")[0]
     return {name: jax.ShapeDtypeStruct((cfg.batch, *x.shape), x.dtype) for name, x in row.items()}
 
-  return rows, info, getattr(cfg, cfg.task).loss, batch
+  return Experiment(
+    init=init,
+    loss=task.loss,
+    data=lambda split: rows(cfg, source(split), split),
+    batch=batch,
+    tx=optim.make(cfg.tx, cfg.steps),
+    flops_per_token=flops_per_token,
+    info=info,
+  )

@@ -6,10 +6,10 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.kernels.dispatch import place
-from research.models.transformer import Transformer
+from research.models.decoder import Decoder
 
 
-def induction_scores(model: Transformer, *, length: int = 64, rows: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+def induction_scores(model: Decoder, *, length: int = 64, rows: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
   """Attention of every head on rows of `length` random tokens, each row repeated once.
 
   Means over the second half, float32 [layers, heads] each, all between 0 and 1 and
@@ -20,7 +20,7 @@ def induction_scores(model: Transformer, *, length: int = 64, rows: int = 16, se
     same: attention to this token's first standing. With a shift of keys and values
       induction may be done from there or from the token after next too; `next` is the latter.
   And scalars: nats_first, nats_second, the loss in each half; a model that does induction
-  has the second near 0.
+  has the second near 0. They are all there is of a model without `attention_weights`.
   """
   tokens = jax.random.randint(jax.random.key(seed), (rows, length), 0, model.cfg.vocab)
   tokens = jnp.concatenate([tokens, tokens], axis=1)
@@ -30,17 +30,14 @@ def induction_scores(model: Transformer, *, length: int = 64, rows: int = 16, se
 
 
 def _measure(model, tokens, segment_ids, positions, length):
+  logits = place(model.logits(tokens, segment_ids, positions), P(None, None, None))[:, :-1]
+  nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  losses = {"nats_first": jnp.mean(nats[:, : length - 1]), "nats_second": jnp.mean(nats[:, length:])}
+  if not hasattr(model, "attention_weights"):
+    return losses
   # a few small arrays: every device looks at all of them
   weights = place(model.attention_weights(tokens, segment_ids, positions), P(None, None, None, None, None))
   at = jnp.arange(length, 2 * length - 1)  # the last has no known successor
   look = lambda offset: jnp.mean(weights[..., at, at + offset], axis=(1, 3))
-  logits = place(model.logits(tokens, segment_ids, positions), P(None, None, None))[:, :-1]
-  nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-  return {
-    "induction": look(1 - length),
-    "same": look(-length),
-    "next": look(2 - length),
-    "previous": look(-1),
-    "nats_first": jnp.mean(nats[:, : length - 1]),
-    "nats_second": jnp.mean(nats[:, length:]),
-  }
+  looks = {"induction": 1 - length, "same": -length, "next": 2 - length, "previous": -1}
+  return {name: look(offset) for name, offset in looks.items()} | losses

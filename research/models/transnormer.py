@@ -8,6 +8,7 @@ Two things that go by one name: the paper's equation 10 and the released code (a
 released checkpoint) have different rates of decay; see `research.nn.linear_attention.decay_rates`.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Literal
@@ -21,9 +22,10 @@ import numpy as np
 from research.errors import check
 from research.kernels.dispatch import on_mesh, place
 from research.kernels.lightning_attention.api import IMPLEMENTATIONS, STATE
+from research.kernels.lightning_attention.features import ACTIVATIONS
 from research.mesh import BATCH, PARTITIONS, TOKENS, MeshConfig, Partition
 from research.models import decoder
-from research.nn.linear_attention import ACTIVATIONS, GatedLinearAttention, decay_rates
+from research.nn.linear_attention import GatedLinearAttention, decay_rates
 from research.nn.mlp import GLU
 from research.nn.norms import NORMS
 from research.nn.precision import POLICIES
@@ -36,7 +38,7 @@ class TransNormerConfig:
   position: who has phases beside the decay (LRPE-d, equation 9): the first layer, all, or none; or the
     sinusoids of Vaswani et al. (2017, arXiv 1706.03762) added to the embeddings ("ape").
   decay, temperature: see `research.nn.linear_attention.decay_rates`.
-  gate: whether attention is multiplied by u. activation: of queries and keys.
+  gate: whether attention is multiplied by u. activation: of queries and keys. glu_activation: of the GLU.
   scale_embedding: embeddings are multiplied by sqrt(width), as in the first released checkpoints.
   """
 
@@ -51,6 +53,7 @@ class TransNormerConfig:
   temperature: bool = True
   gate: bool = True
   activation: Literal[*ACTIVATIONS] = "silu"
+  glu_activation: Literal[*ACTIVATIONS] = "none"
   norm: Literal[*NORMS] = "srms"
   norm_eps: float = 1e-6
   scale_embedding: bool = True
@@ -80,7 +83,14 @@ class TransNormerConfig:
 class Block(nnx.Module):
   """x + attention(norm(x)), then x + glu(norm(x)). All weights start at their fan-in, with no scale by depth."""
 
-  def __init__(self, key: jax.Array, cfg: TransNormerConfig, lrpe: bool, partition: Partition):
+  def __init__(
+    self,
+    key: jax.Array,
+    cfg: TransNormerConfig,
+    lrpe: bool,
+    partition: Partition,
+    attention: Callable | None,
+  ):
     policy = POLICIES[cfg.precision]
     attention_key, mlp_key = jax.random.split(key)
     self.attention_norm = NORMS[cfg.norm](cfg.width, cfg.norm_eps, policy)
@@ -96,14 +106,14 @@ class Block(nnx.Module):
       norm_eps=cfg.norm_eps,
       partition=partition,
       policy=policy,
-      implementation=None if cfg.attention_kernel == "auto" else cfg.attention_kernel,
+      implementation=attention or (None if cfg.attention_kernel == "auto" else cfg.attention_kernel),
     )
     self.mlp_norm = NORMS[cfg.norm](cfg.width, cfg.norm_eps, policy)
     self.mlp = GLU(
       mlp_key,
       width=cfg.width,
       hidden=cfg.glu_width,
-      activation=ACTIVATIONS["none"],
+      activation=ACTIVATIONS[cfg.glu_activation],
       out_scale=1.0,
       partition=partition,
       policy=policy,
@@ -134,16 +144,25 @@ class TransNormer(nnx.Module):
 
   The layers with phases are a stack of their own, before that of the others: their
   states are twice as tall. A stack without layers is None.
+
+  `attention`, if given, computes attention in the place of `cfg.attention_kernel`: a function
+  as `research.kernels.lightning_attention.api` takes it.
   """
 
-  def __init__(self, key: jax.Array, cfg: TransNormerConfig, partition: str = MeshConfig.partition):
+  def __init__(
+    self,
+    key: jax.Array,
+    cfg: TransNormerConfig,
+    partition: str = MeshConfig.partition,
+    attention: Callable | None = None,
+  ):
     specs, policy = PARTITIONS[partition](), POLICIES[cfg.precision]
     embed_key, head_key, blocks_key = jax.random.split(key, 3)
     self.embed, self.head = decoder.tables(embed_key, head_key, cfg, specs)
     keys = jax.random.split(blocks_key, cfg.layers)
 
     def stack(keys, lrpe):
-      return jax.vmap(lambda k: Block(k, cfg, lrpe, specs))(keys) if len(keys) else None
+      return jax.vmap(lambda k: Block(k, cfg, lrpe, specs, attention))(keys) if len(keys) else None
 
     self.lrpe_blocks = stack(keys[: cfg.lrpe_layers], True)
     self.blocks = stack(keys[cfg.lrpe_layers :], False)

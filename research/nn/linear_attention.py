@@ -3,6 +3,7 @@
 TransNormerLLM (Qin et al., 2023, arXiv 2307.14995).
 """
 
+from collections.abc import Callable
 import math
 
 from flax import nnx
@@ -14,13 +15,13 @@ import numpy as np
 from research.kernels import dispatch
 from research.kernels.attention.api import HEADS
 from research.kernels.lightning_attention.api import lightning_attention
+from research.kernels.lightning_attention.features import activate, phases
+from research.kernels.lightning_attention.gated import FUSED, gated_lightning_attention
 from research.kernels.lightning_attention.step import step
 from research.mesh import BATCH, HIDDEN, Partition
 from research.nn.init import fan_in
-from research.nn.norms import NORMS
+from research.nn.norms import NORMS, SRMSNorm
 from research.nn.precision import Policy
-
-ACTIVATIONS = {"silu": jax.nn.silu, "1+elu": lambda x: 1 + jax.nn.elu(x), "none": lambda x: x}
 
 
 def decay_rates(kind: str, heads: int, layers: int, temperature: bool = True) -> np.ndarray:
@@ -51,16 +52,6 @@ def _alibi(heads: int) -> list[float]:
   return slopes if power == heads else slopes + _alibi(2 * power)[::2][: heads - power]
 
 
-def phases(x: jax.Array, positions: jax.Array, theta: jax.Array) -> jax.Array:
-  """LRPE: x [batch, length, heads, d] -> [x cos(theta t), x sin(theta t)] [..., 2 d], in x's dtype.
-
-  With both q and k so, q_t . k_s becomes sum_j q_tj k_sj cos(theta_j (t - s)), equation 9.
-  positions: int32 [batch, length]. theta: radians a position, [heads, d].
-  """
-  angle = positions[:, :, None, None].astype(theta.dtype) * theta
-  return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1).astype(x.dtype)
-
-
 class GatedLinearAttention(nnx.Module):
   """out(norm(attention(act(q), act(k), v)) * u), equation 11; the norm is over all heads together.
 
@@ -85,7 +76,7 @@ class GatedLinearAttention(nnx.Module):
     norm_eps: float,
     partition: Partition,
     policy: Policy,
-    implementation: str | None = None,
+    implementation: str | Callable | None = None,
   ):
     in_key, out_key = jax.random.split(key)
     inner = heads * head_dim
@@ -117,15 +108,42 @@ class GatedLinearAttention(nnx.Module):
     state: two float32 [batch, heads, head_dim, or twice that with phases, head_dim], of which the
       second is what the first rounds off; of the segment that x begins with.
     """
-    batch, length, _ = x.shape
-    y = jnp.einsum("btd,dhck->bthck", x, self.policy.weight(self.qkvu[...]))
+    batch, length, width = x.shape
+    # Behind a barrier, or a TPU transposes the gradient of y to make that of the parameter in its own layout.
+    weight = self.policy.weight(self.qkvu[...])
+    shape = weight.shape[1:]
+    weight = jax.lax.optimization_barrier(weight.reshape(width, -1, out_sharding=P(None, "model")))
+    qkvu = jnp.einsum("btd,df->btf", x, weight).reshape(batch, length, *shape, out_sharding=FUSED)
+    if isinstance(self.norm, SRMSNorm) and (state is None or length > 1):
+      y, state = self._fused(qkvu, segment_ids, positions, decay, state)
+    else:
+      y, state = self._by_parts(qkvu, segment_ids, positions, decay, state)
+    return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.out[...]), out_sharding=HIDDEN), state
+
+  def _fused(self, qkvu, segment_ids, positions, decay, state):
+    """The norm is a number a token, so the gate can come first; only that number waits for all heads."""
+    y, squares, after = gated_lightning_attention(
+      qkvu,
+      decay,
+      activation=self.activation,
+      theta=None if self.theta is None else self.theta[...],
+      positions=positions,
+      segment_ids=segment_ids,
+      initial_state=None if state is None else state[0] + state[1],
+      implementation=self.implementation,
+    )
+    factor = self.norm.factor(squares.sum(-1, keepdims=True))
+    y = _join_heads(y)
+    return (y * factor).astype(y.dtype), (after, jnp.zeros_like(after))
+
+  def _by_parts(self, qkvu, segment_ids, positions, decay, state):
     # split, not indexing: its transpose is one concatenation instead of padded sums
-    q, k, v, *u = (jnp.squeeze(z, 3) for z in jnp.split(y, y.shape[3], axis=3))
-    q, k = (ACTIVATIONS[self.activation](z) for z in (q, k))
+    q, k, v, *u = (jnp.squeeze(z, 3) for z in jnp.split(qkvu, qkvu.shape[3], axis=3))
+    q, k = (activate(self.activation, z) for z in (q, k))
     if self.theta is not None:
       theta = dispatch.place(self.theta[...], P("model", None))
       q, k = (phases(dispatch.place(z, HEADS), positions, theta) for z in (q, k))
-    if state is not None and length == 1:
+    if state is not None and q.shape[1] == 1:
       y, *state = step(q, k, v, decay, *state)
     else:
       before = None if state is None else state[0] + state[1]
@@ -133,8 +151,11 @@ class GatedLinearAttention(nnx.Module):
         q, k, v, decay, segment_ids=segment_ids, initial_state=before, implementation=self.implementation
       )
       state = after, jnp.zeros_like(after)
-    # of one row, a reshape forgets where it stands
-    y, *u = (dispatch.place(z.reshape(batch, length, -1), P(BATCH, None, "model")) for z in (y, *u))
+    y, *u = (_join_heads(z) for z in (y, *u))
     y = self.norm(y)
-    y = u[0] * y if self.gate else y
-    return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.out[...]), out_sharding=HIDDEN), tuple(state)
+    return u[0] * y if self.gate else y, tuple(state)
+
+
+def _join_heads(x: jax.Array) -> jax.Array:
+  """[batch, length, heads, d] -> [batch, length, heads * d]; of one row, a reshape forgets where it stands."""
+  return dispatch.place(x.reshape(*x.shape[:2], -1), P(BATCH, None, "model"))

@@ -30,13 +30,17 @@ class SRMSNorm(nnx.Module):
   """x / rms(x), without parameters (TransNormerLLM, arXiv 2307.14995, equation 14)."""
 
   def __init__(self, width: int, eps: float, policy: Policy):
-    del width
+    self.width = width
     self.eps = eps
     self.policy = policy
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [..., width] -> [..., width], same dtype."""
     return _over_rms(x.astype(self.policy.reduce), self.eps).astype(x.dtype)
+
+  def factor(self, squares: jax.Array) -> jax.Array:
+    """What it multiplies x by, from the sum of the squares of x over the last axis."""
+    return jax.lax.rsqrt(squares.astype(self.policy.reduce) / self.width + self.eps)
 
 
 class LayerNorm(nnx.Module):

@@ -84,7 +84,11 @@ def _columns(values: dict[str, Any]) -> str:
 
 
 def _heads(scores: dict[str, np.ndarray]) -> str:
-  """The strongest heads, and what the model makes of a repetition."""
+  """What the model makes of a repetition, and the strongest heads, where they can be looked into."""
+  first, second = scores["nats_first"], scores["nats_second"]
+  told = f"random tokens, said twice: {first:.3f} nats a token the first time, {second:.3f} the second"
+  if "induction" not in scores:
+    return told
   layers, heads = scores["induction"].shape
   order = np.argsort(-np.maximum(scores["induction"], scores["same"]), axis=None)[:8]
   rows = []
@@ -101,8 +105,6 @@ def _heads(scores: dict[str, np.ndarray]) -> str:
     "at the one after next",
     "at the previous token",
   ]
-  first, second = scores["nats_first"], scores["nats_second"]
-  told = f"random tokens, said twice: {first:.3f} nats a token the first time, {second:.3f} the second"
   return f"{told}\nthe strongest of {layers * heads} heads\n\n{table(header, rows)}"
 
 

@@ -32,6 +32,16 @@ class Looks:
     return sure * (jax.numpy.arange(length) >= n - 1)[None, :, None]
 
 
+def test_a_model_that_shows_no_attention_has_its_losses_measured():
+  class Closed:
+    cfg, logits = small.MODEL, Looks.logits
+
+  with small.use():
+    out = induction_scores(jax.tree_util.register_static(Closed)(), length=8, rows=3)
+  assert out.keys() == {"nats_first", "nats_second"}
+  assert out["nats_second"] < 1e-3 < out["nats_first"]
+
+
 def test_heads_made_by_hand_score_what_they_do():
   with small.use():
     out = induction_scores(Looks(8), length=8, rows=3)

@@ -1,11 +1,13 @@
 """Linear attention with decay: every implementation is the float64 reference's, and the reference is the definition."""
 
 import functools
+import math
 import pathlib
 
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import jaxprs_in_params
 import numpy as np
 import pytest
 
@@ -214,9 +216,10 @@ def test_what_stands_beyond_the_end_of_a_row_is_not_read():
     np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["xla", "pallas_gpu", "pallas_tpu"])
-def test_bf16_is_as_good_as_the_truth_rounded(name):
-  (q, k, v, *rest), (dout, dstate) = operands(1, 200, 2, 64, 32)
+# two heads of 64 are one for the TPU kernel
+@pytest.mark.parametrize(("name", "d_v"), [("xla", 32), ("pallas_gpu", 32), ("pallas_tpu", 32), ("pallas_tpu", 64)])
+def test_bf16_is_as_good_as_the_truth_rounded(name, d_v):
+  (q, k, v, *rest), (dout, dstate) = operands(1, 200, 2, 64, d_v)
   rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16))
   args, cotangents = (rounded(q), rounded(k), rounded(v), *rest), (rounded(dout), dstate)
   got = jax.jit(functools.partial(value_and_grads, LOCAL[name]))(args, cotangents)
@@ -253,12 +256,64 @@ def test_a_kernel_of_another_platform_is_refused_with_the_reason(name, needs):
     lightning_attention(Q, Q, Q, DECAY, implementation=name)
 
 
-OF_H100 = jax.sharding.AbstractMesh(
-  (1, 2, 2),
-  AXES,
-  axis_types=(jax.sharding.AxisType.Explicit,) * 3,
-  abstract_device=jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"),
+def made_of(kind, platform):
+  device = jax.sharding.AbstractDevice(kind, 1 if platform == "tpu" else None, platform)
+  axis_types = (jax.sharding.AxisType.Explicit,) * 3
+  return jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=axis_types, abstract_device=device)
+
+
+OF_H100, OF_V5E = made_of("NVIDIA H100 80GB HBM3", "gpu"), made_of("TPU v5 lite", "tpu")
+
+
+@pytest.mark.parametrize(
+  ("mesh", "name", "d_k", "d_v", "dtype", "why"),
+  [
+    (OF_H100, "pallas_gpu", 320, 64, "bfloat16", "d_k and d_v up to 256, not 320 and 64"),
+    (OF_H100, "pallas_gpu", 64, 320, "bfloat16", "d_k and d_v up to 256, not 64 and 320"),
+    (OF_H100, "pallas_gpu", 64, 64, "float16", "bfloat16 or float32, not float16"),
+    (OF_H100, "pallas_tpu", 64, 64, "bfloat16", "needs a TPU, and this runs on gpu"),
+    (OF_V5E, "pallas_tpu", 64, 640, "bfloat16", "head dimensions up to 512, not 640"),
+    (OF_V5E, "pallas_tpu", 64, 64, "float16", "bfloat16 or float32, not float16"),
+    (OF_V5E, "pallas_gpu", 64, 64, "bfloat16", "needs a GPU, and this runs on tpu"),
+  ],
 )
+def test_a_kernel_by_name_that_cannot_run_says_why_and_the_automatic_choice_runs_another(
+  mesh, name, d_k, d_v, dtype, why
+):
+  of = lambda d: jax.ShapeDtypeStruct((2, 10, 4, d), dtype)
+  decay = np.float32([1, 0.9, 0.5, 0.1])
+
+  def call(implementation):
+    f = lambda q, k, v: lightning_attention(q, k, v, decay, implementation=implementation)
+    return jax.eval_shape(f, of(d_k), of(d_k), of(d_v))
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    with pytest.raises(UserError, match=f"^implementation={name}: .*{why}; use None"):
+      call(name)
+    assert call(None)[0].shape == (2, 10, 4, d_v)
+
+
+@pytest.mark.parametrize(("heads", "runs"), [(80, False), (10, True)])  # half on each device; 32 fill lanes
+def test_heads_that_fill_no_whole_lanes_run_on_a_tpu_kernel_only_if_they_are_few(heads, runs):
+  q = jax.ShapeDtypeStruct((2, 10, heads, 100), "bfloat16")
+  with jax.sharding.use_abstract_mesh(OF_V5E):
+    obstacle = pallas_tpu.obstacle(q, q)
+  assert (obstacle is None) == runs
+  assert obstacle is None or "heads of 100 together, and no fewer fill whole lanes" in obstacle
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("d_k", "d_v"), [(1, 1), (5, 3), (33, 127)])
+def test_the_automatic_choice_takes_what_the_reference_takes(dtype, d_k, d_v):
+  with jax.enable_x64(True):
+    of = lambda d: jnp.ones((1, 3, 2, d), dtype)
+    got = lightning_attention(of(d_k), of(d_k), of(d_v), DECAY)
+    want = lightning_attention(of(d_k), of(d_k), of(d_v), DECAY, implementation="reference")
+    for g, w in zip(got, want, strict=True):
+      assert g.dtype == w.dtype
+      np.testing.assert_allclose(
+        np.asarray(g, np.float64), np.asarray(w, np.float64), rtol=1e-2 if g.dtype.itemsize == 2 else 1e-5
+      )
 
 
 @pytest.mark.parametrize(
@@ -285,7 +340,43 @@ def test_on_gpus_it_is_four_triton_kernels_where_they_can_be(d_k, d_v, dtype, ke
   assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
+def products(jaxpr, times=1):
+  """Twice the multiplications of all matrix products in a program with loops of known lengths, and in its kernels."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contract, _), _ = eqn.params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      total += 2 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contract)
+    inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+    if eqn.primitive.name == "pallas_call":
+      inner = times * math.prod(eqn.params["grid_mapping"].grid)
+    for sub in jaxprs_in_params(eqn.params):
+      total += products(sub, inner)
+  return total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("d_k", "d_v"), [(64, 64), (96, 128), (256, 128), (64, 256), (20, 50)])
+def test_the_flops_of_the_triton_kernels_are_those_of_their_products(d_k, d_v, dtype):
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+  q, v, state = of(2, 100, 3, d_k), of(2, 100, 3, d_v), jax.ShapeDtypeStruct((2, 3, d_k, d_v), jnp.float32)
+
+  def step(q, k, v, state, dout):
+    value, vjp = jax.vjp(lambda *x: pallas_gpu.attention(*x[:3], DECAY3, None, x[3]), q, k, v, state)
+    return value, vjp((dout, state))
+
+  (b, t, h), bits = q.shape[:3], 8 * jnp.dtype(dtype).itemsize
+  told = lambda name, d_a, d_c: pallas_gpu.flops(
+    f"lightning_{name}", [(b, t, h, d_a), (b, t, h, d_a), (b, t, h, d_c)], bits
+  )
+  want = told("forward", d_k, d_v) + told("dq", d_v, d_k) + told("dk", d_v, d_k) + told("dv", d_k, d_v)
+  assert products(jax.make_jaxpr(step)(q, q, v, state, v).jaxpr) == want
+  assert pallas_gpu.flops("softmax", [], bits) is None
+
+
 ones = functools.partial(np.ones, dtype=np.float32)
+DECAY3 = np.float32([1, 0.9, 0.1])
 Q = ones((2, 8, 2, 4))
 DECAY = np.array([0.9, 1.0], np.float32)
 WRONG = [
@@ -301,6 +392,8 @@ WRONG = [
   ("decay", {"decay": np.array([0.9, 1.1], np.float32)}),
   ("decay", {"decay": np.array([0.0, 1.0], np.float32)}),
   ("decay", {"decay": np.array([np.nan, 1.0], np.float32)}),
+  ("decay", {"decay": np.array([-0.5, 1.0], np.float32)}),
+  ("q", {"q": ones((2, 0, 2, 4)), "k": ones((2, 0, 2, 4)), "v": ones((2, 0, 2, 4))}),
   ("segment_ids", {"segment_ids": np.zeros((2, 7), np.int32)}),
   ("segment_ids", {"segment_ids": np.zeros((2, 8), np.float32)}),
   ("segment_ids", {"segment_ids": np.array([[1, 1, 2, 2, 1, 1, 3, 3]] * 2, np.int32)}),
@@ -316,6 +409,7 @@ def test_bad_input_names_the_argument(field, change):
   with pytest.raises(UserError) as told:
     lightning_attention(**call)
   assert told.value.field == field
+  assert "\n" not in str(told.value)
 
 
 def test_padding_ids_at_the_end_of_a_row_are_a_segment_like_others():

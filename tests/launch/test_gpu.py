@@ -46,7 +46,7 @@ with ptx.dumped():
 
 LIGHTNING = """
 import json, sys
-from launch import ptx, topology
+from launch import hlo, plan, ptx, topology
 topology.environment()
 import jax
 from jax import numpy as jnp
@@ -64,8 +64,9 @@ with ptx.dumped():
   put = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=on)
   q, v, state = put(4, 1000, 8, d_k), put(4, 1000, 8, d_v), put(4, 8, d_k, d_v, dtype=jnp.float32)
   args = q, q, v, put(8, dtype=jnp.float32), put(4, 1000, dtype=jnp.int32), state, (v, state)
-  jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).compile()
-  print(json.dumps(ptx.registers(["lightning_" + name for name in ("forward", "dq", "dk", "dv")])))
+  text = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+  counts = hlo.count(text, {"data": 1}, kernel_flops=plan.kernel_flops)
+  print(json.dumps([ptx.registers(list(counts.kernels)), counts.flops, counts.uncounted]))
 """
 
 
@@ -77,8 +78,12 @@ def compiles(program, *args):
 
 
 def spills_nothing(*args):
-  kernels = compiles(LIGHTNING, *args)
+  kernels, flops, uncounted = compiles(LIGHTNING, *args)
   assert len(kernels) == 4
+  assert not uncounted
+  # four sweeps, and of each at least the recurrence
+  d_k, d_v, _ = args
+  assert flops > 4 * 4 * 1000 * 8 * 4 * d_k * d_v
   for registers, spilled in kernels.values():
     assert registers <= 255
     assert spilled == 0

@@ -44,6 +44,8 @@ WRONG = [
   ("config=''", "name a config", ["--topology=v5e:2x2"]),
   ("batsch", "did you mean batch?", [f"--config={MAIN}", "--topology=v5e:2x2", "--config.batsch=3"]),
   ("config", "takes every config as it is", [f"--config={MAIN}", "--all"]),
+  ("what=decode", "--all plans training steps", ["--all", "--what=decode"]),
+  ("again", "goes with --all", [f"--config={MAIN}", "--topology=v5e:2x2", "--again"]),
 ]
 
 
@@ -121,6 +123,19 @@ def test_the_page_of_pods_is_its_record_and_has_every_config():
   assert {e["topology"] for e in entries} == set(plan.MATRIX)
   for entry in entries:
     assert "refused" in entry or entry["fits"] == (entry["memory"]["needed"] <= entry["memory"]["limit"])
+
+
+def test_only_what_the_record_lacks_is_planned():
+  found = [(spec, cfg) for spec, cfg in plan.specs() if spec.endswith(("main.py", "paper.py:19b"))]
+  pods = [topology.parse(name) for name in plan.MATRIX]
+  empty = plan.lacking(found, pods, {})
+  assert len(empty) == len(found) * len(pods)
+  known = {(begins["config"], pod.name): begins for _, pod, begins in empty}
+  assert plan.lacking(found, pods, known) == []
+  known[found[0][0], "h100:8"] |= {"settings": "other"}
+  del known[found[1][0], "v5e:2x2"]
+  lacks = [(begins["config"], pod.name) for _, pod, begins in plan.lacking(found, pods, known)]
+  assert lacks == [(found[0][0], "h100:8"), (found[1][0], "v5e:2x2")]
 
 
 @with_libtpu

@@ -83,6 +83,20 @@ def test_an_exported_run_says_what_the_run_says(text, call):
   assert "bits_per_byte" in told
 
 
+def test_a_model_of_linear_attention_is_asked_measured_and_published_too(tmp_path, call):
+  run, out, greedy = tmp_path / "run", tmp_path / "published", ["--prompt=import", "--tokens=8", "--temperature=0"]
+  command = [sys.executable, "-m", "experiments.transnormer", "--config=experiments/transnormer/configs/main.py:tiny"]
+  overrides = ["--config.only=transnormer", "--config.seeds=0", "--config.eval_every=0", "--config.steps=3"]
+  subprocess.run([*command, *overrides, f"--workdir={run}"], check=True, cwd=ROOT, capture_output=True)
+  mine = call("research.tools.generate", f"--workdir={run}", *greedy)
+  told = call("research.tools.evaluate", f"--workdir={run}", f"--out={tmp_path}/numbers.json")
+  assert "bits_per_byte" in told
+  assert "said twice" in told
+  assert set(json.loads((tmp_path / "numbers.json").read_text())["induction"]) == {"nats_first", "nats_second"}
+  call("research.tools.export", f"--workdir={run}", f"--out={out}")
+  assert call("research.tools.generate", f"--weights={out}", "--tokenizer=bytes", *greedy) == mine
+
+
 def test_a_run_without_text_has_its_heads_measured_and_nothing_else(tmp_path, call):
   induction = "experiments/kvshift/configs/induction.py:tiny"
   command = [sys.executable, "-m", "experiments.kvshift", f"--config={induction}", f"--workdir={tmp_path}/run"]

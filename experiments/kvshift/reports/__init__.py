@@ -1,11 +1,14 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.kvshift.reports import accuracy, gaps, groups, learned, loss, sweep, theory
-from research import paths
+import functools
+
+from experiments.kvshift.reports import accuracy, gaps, groups, learned, sweep, theory
+from experiments.kvshift.reports.common import label
+from research import comparison, paths
 from research.config import RunConfig
 
 REPORTS = {
-  "loss": loss.report,
+  "loss": functools.partial(comparison.losses, base="plain", label=label),
   "accuracy": accuracy.report,
   "sweep": sweep.report,
   "groups": groups.report,

@@ -1,6 +1,6 @@
 """Accuracy on held-out rows of a synthetic task, against steps."""
 
-from experiments.kvshift.reports.common import MEASURES, finish, label, measured
+from experiments.kvshift.reports.common import MEASURES, label, measured
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -33,4 +33,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   ax.legend(frameon=False, fontsize=8)
   header = ["attention", "seeds", f"{MEASURES[metric]} at the end (± SD)", "steps to 99 %, by seed"]
   header += ["tokens right (± SD)"] if metric == "rows_right" else []
-  finish(workdir, fig, "accuracy.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "accuracy.png", parts.table(header, rows))

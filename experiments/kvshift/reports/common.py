@@ -1,11 +1,7 @@
-"""What the reports share: the arms' names in words, what is measured, and how a report ends."""
+"""What the reports share: the arms' names in words, and what is measured."""
 
-from collections.abc import Iterator
-import dataclasses
-
-from research import config, paths
+from research import paths
 from research import report as parts
-from research.config import RunConfig
 
 _NAMES = {
   "plain": "plain attention",
@@ -34,11 +30,6 @@ def label(arm: str) -> str:
   return f"{name}, {rest}" if rest else name
 
 
-def singles(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-  """(arm, config) of every run a workdir of `cfg` may hold: also of arms that an earlier command trained."""
-  yield from config.expand(dataclasses.replace(cfg, only=()))
-
-
 def measured(workdir: paths.Path) -> tuple[str, dict]:
   """(the name of what a workdir's task is judged by, its curves)."""
   for metric in MEASURES:
@@ -46,11 +37,3 @@ def measured(workdir: paths.Path) -> tuple[str, dict]:
     if curves:
       return metric, curves
   raise AssertionError("unreachable: every run has a loss")
-
-
-def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
-  """Writes the figure to report/`name` and prints the table and where everything is."""
-  path = workdir / "report" / name
-  with path.open("wb") as file:
-    fig.savefig(file, dpi=150, format=path.suffix[1:])
-  print(f"\n{table}\n\nfigure:  {path}\nresults: {workdir / 'report' / 'results.json'}")

@@ -1,10 +1,7 @@
 """Many attentions side by side: what each ends with, seed by seed, as the difference to plain attention."""
 
-import numpy as np
-
-from experiments.kvshift.reports.common import finish, label, singles
-from experiments.kvshift.reports.sweep import non_embedding
-from research import paths
+from experiments.kvshift.reports.common import label
+from research import comparison, paths
 from research import report as parts
 from research.config import RunConfig
 
@@ -14,7 +11,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   curves = parts.curves(workdir, "loss")
   end = parts.final(curves)
   base = "plain" if "plain" in end else next(iter(end))
-  sizes = {arm: non_embedding(single) for arm, single in singles(cfg) if arm in end}
+  sizes = {arm: comparison.parameters(single) for arm, single in comparison.singles(cfg) if arm in end}
   arms, rows, gaps = {}, [], {}
   for arm, by_seed in end.items():
     gaps[arm] = [value - end[base][seed] for seed, value in by_seed.items() if seed in end[base]]
@@ -26,15 +23,6 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     )
   parts.write_results(workdir, {"arms": arms, "tokens": cfg.steps * cfg.batch * cfg.length})
 
-  fig, ax = parts.figure()
-  fig.set_figheight(1.2 + 0.3 * len(end))
-  for i, arm in enumerate(end):
-    ax.plot(gaps[arm], [i] * len(gaps[arm]), "o", color=parts.COLOURS[0], markersize=4, alpha=0.7)
-    ax.plot(np.mean(gaps[arm]), i, "|", color=parts.COLOURS[1], markersize=16, markeredgewidth=2)
-  ax.axvline(0, color="grey", linewidth=1)
-  ax.set_yticks(range(len(end)), [label(arm) for arm in end], fontsize=8)
-  ax.invert_yaxis()
-  ax.set_xlabel(f"loss minus {label(base)}, same seed (nats / token)", fontsize=9)
-  ax.set_title("a dot a seed, a bar their mean; left is better", fontsize=10)
+  fig = parts.dots(gaps, label, f"loss minus {label(base)}, same seed (nats / token)")
   header = ["attention", "non-embedding parameters", "validation loss (± SD)", f"minus {label(base)}, same seed (± SD)"]
-  finish(workdir, fig, "gaps.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "gaps.png", parts.table(header, rows))

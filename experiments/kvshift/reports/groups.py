@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from experiments.kvshift.reports.common import finish, label
+from experiments.kvshift.reports.common import label
 from research import paths, writers
 from research import report as parts
 from research.config import RunConfig
@@ -33,4 +33,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     f"{cfg.task}, {cfg.model.layers} layers of width {cfg.model.width}: {parts.over_seeds(curves)}", fontsize=10
   )
   ax.legend(frameon=False, fontsize=8)
-  finish(workdir, fig, "groups.png", parts.table(["accuracy (± SD) by hops", *map(str, groups)], rows))
+  parts.finish(workdir, fig, "groups.png", parts.table(["accuracy (± SD) by hops", *map(str, groups)], rows))

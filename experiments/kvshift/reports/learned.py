@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.kvshift.reports.common import finish
 from research import config, fit, paths, runs
 from research import report as parts
 from research.config import RunConfig
@@ -49,7 +48,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   axes[0].set_ylabel("current minus previous token's coefficient")
   fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
   header = ["coefficients of a head", "paper, 2.9B", "here, at the start (¼ each is expected)", "here, trained"]
-  finish(workdir, fig, "coefficients.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "coefficients.png", parts.table(header, rows))
 
 
 def coefficients(workdir: paths.Path, arm: str, cfg: RunConfig) -> Any:

@@ -2,12 +2,10 @@
 
 import math
 
-import jax
 import numpy as np
 
-from experiments.kvshift.reports.common import MEASURES, finish, label, measured, singles
-from research import config, paths
-from research import mesh as meshes
+from experiments.kvshift.reports.common import MEASURES, label, measured
+from research import comparison, config, paths
 from research import report as parts
 from research.config import RunConfig
 
@@ -23,7 +21,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     for seed, points in seeds.items():
       if not all(math.isfinite(value) for _, value in points) and arm in end:
         end[arm][seed] = math.nan
-  at = {arm: _value(single, cfg.sweep) for arm, single in singles(cfg) if arm in end}
+  at = {arm: _value(single, cfg.sweep) for arm, single in comparison.singles(cfg) if arm in end}
   arms, series = {}, {}
   for arm, by_seed in end.items():
     arms[arm] = {cfg.sweep: at[arm], metric: by_seed}
@@ -54,7 +52,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   ax.set_title(f"{cfg.task}: {parts.over_seeds(curves)}", fontsize=10)
   ax.legend(frameon=False, fontsize=8)
   header = [name, *(f"{label(attention)} (± SD)" for attention in series)]
-  finish(workdir, fig, "sweep.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "sweep.png", parts.table(header, rows))
 
 
 def _cell(values: list[float] | None) -> str:
@@ -71,10 +69,5 @@ def _value(cfg: RunConfig, field: str) -> int | float:
 
 
 def non_embedding(cfg: RunConfig, mix: bool = True) -> int:
-  """Parameters of a config's model but for embedding and head (and the mix's); nothing is allocated."""
-  with jax.sharding.use_abstract_mesh(meshes.abstract_mesh(cfg.mesh, meshes.least_devices(cfg.mesh))):
-    init = config.experiment_module(cfg.experiment).build(cfg).init
-    model = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-  leaves = jax.tree_util.tree_leaves_with_path(model)
-  without = {"embed", "head"} if mix else {"embed", "head", "mix"}
-  return sum(x.size for path, x in leaves if not without & {getattr(k, "name", "") for k in path})
+  """Parameters of a config's model but for embedding and head (and the mix's)."""
+  return comparison.parameters(cfg, ("embed", "head") if mix else ("embed", "head", "mix"))

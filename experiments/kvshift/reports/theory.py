@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from experiments.kvshift import theory
-from experiments.kvshift.reports.common import finish, measured
+from experiments.kvshift.reports.common import measured
 from experiments.kvshift.reports.learned import coefficients
 from experiments.kvshift.tasks.induction import InductionRows
 from research import config, paths
@@ -78,7 +78,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       for name, (s, e) in trained.items()
     ),
   ]
-  finish(workdir, fig, "theory.png", parts.table(["one layer", ""], table))
+  parts.finish(workdir, fig, "theory.png", parts.table(["one layer", ""], table))
 
 
 def _flow(ax, others: int) -> None:

@@ -1,5 +1,7 @@
 """Causal linear attention with exponential decay: lightning attention, retention."""
 
+from collections.abc import Callable
+
 import jax
 from jax import P
 import jax.numpy as jnp
@@ -7,9 +9,8 @@ import numpy as np
 
 from research.errors import check
 from research.kernels import dispatch
-from research.kernels.attention.api import HEADS
-from research.kernels.lightning_attention import pallas_gpu, pallas_tpu, reference, xla
-from research.mesh import BATCH, TOKENS
+from research.kernels.lightning_attention import context_parallel, pallas_gpu, pallas_tpu, reference, xla
+from research.mesh import BATCH
 
 STATE = P(BATCH, "model", None, None)  # [batch, heads, d_k, d_v]
 
@@ -30,7 +31,7 @@ def lightning_attention(
   *,
   segment_ids: jax.Array | None = None,
   initial_state: jax.Array | None = None,
-  implementation: str | None = None,
+  implementation: str | Callable | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """out_t = sum over s <= t of decay^(t-s) (q_t . k_s) v_s; with S_t = decay S_{t-1} + k_t v_t^T, out_t = q_t S_t.
 
@@ -45,30 +46,35 @@ def lightning_attention(
       the last change of the id; the tokens of one document stand together, so an id does not come back.
     initial_state: float32 [batch, heads, d_k, d_v] of what came before, for a row's first segment; None: zeros.
     implementation: "pallas_tpu" (fused, for TPUs), "pallas_gpu" (fused, for NVIDIA GPUs: bfloat16 or float32, head
-      dims up to 256), "xla" (chunked, anywhere), "recurrent" (a token at a time), "reference" (dense), or None
-      for the first that supports the call.
+      dims up to 256), "xla" (chunked, anywhere), "recurrent" (a token at a time), "reference" (dense), None
+      for the first that supports the call, or a function with the arguments of `xla.attention`.
 
   Returns:
     (out [batch, length, heads, d_v] in q's dtype, the state after the last token, float32), accumulated in float32
     (float64 for float64 operands, state included). On a mesh all are cut by batch and heads, and no device talks to
-    another.
+    another. If q stands cut along its length, so do the others, and devices exchange states: see context_parallel.py.
 
   Raises:
     UserError: shapes or dtypes that do not fit together or on the mesh, a decay outside (0, 1] or ids that come
       back (where their values are known), an unknown implementation or a named one that cannot run this call.
   """
-  _check(q, k, v, decay, segment_ids, initial_state)
-  obstacles = {"pallas_tpu": pallas_tpu.obstacle(q, v), "pallas_gpu": pallas_gpu.obstacle(q, v)}
-  chosen = dispatch.choose(implementation, obstacles | dict.fromkeys(("xla", "recurrent", "reference")))
-  q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
-  decay = dispatch.place(jnp.asarray(decay), P("model"))
-  segment_ids, initial_state = dispatch.place(segment_ids, TOKENS), dispatch.place(initial_state, STATE)
-  specs = (HEADS, HEADS, HEADS, P("model"), TOKENS, STATE)
-  local = dispatch.per_shard(IMPLEMENTATIONS[chosen], specs, (HEADS, STATE))
-  return local(q, k, v, decay, segment_ids, initial_state)
+  check_call(q, k, v, decay, segment_ids, initial_state)
+  where = context_parallel.layout(q)
+  if not callable(implementation):
+    obstacles = {"pallas_tpu": pallas_tpu.obstacle(q, v), "pallas_gpu": pallas_gpu.obstacle(q, v)}
+    chosen = dispatch.choose(implementation, obstacles | dict.fromkeys(("xla", "recurrent", "reference")))
+    implementation = IMPLEMENTATIONS[chosen]
+  q, k, v = (dispatch.place(x, where.qkv) for x in (q, k, v))
+  decay = dispatch.place(jnp.asarray(decay), where.decay)
+  segment_ids, initial_state = dispatch.place(segment_ids, where.tokens), dispatch.place(initial_state, where.state)
+  operands = q, k, v, decay, segment_ids, initial_state
+  if context_parallel.parts(where.length) > 1:
+    return context_parallel.attention(implementation, where, *operands)
+  specs = (where.qkv, where.qkv, where.qkv, where.decay, where.tokens, where.state)
+  return dispatch.per_shard(implementation, specs, (where.qkv, where.state))(*operands)
 
 
-def _check(q, k, v, decay, segment_ids, initial_state):
+def check_call(q, k, v, decay, segment_ids, initial_state):
   check(q.ndim == 4, "q", q.shape, "use [batch, length, heads, d_k]")
   check(k.shape == q.shape, "k", k.shape, f"q has shape {q.shape}; give q and k one shape")
   check(v.ndim == 4 and v.shape[:3] == q.shape[:3], "v", v.shape, f"use {q.shape[:3]} and d_v")
@@ -97,10 +103,6 @@ def _check(q, k, v, decay, segment_ids, initial_state):
     check(
       initial_state.dtype == dtype, "initial_state", initial_state.dtype, f"use {dtype}; it is not rounded to q's dtype"
     )
-  model = dispatch.axis_size("model")
-  check(heads % model == 0, "heads", heads, f"mesh.model={model} cuts them; use a multiple of it")
-  shards = dispatch.axis_size("replica") * dispatch.axis_size("data")
-  check(batch % shards == 0, "batch", batch, f"use a multiple of replica x data = {shards}")
 
 
 def _values(x) -> np.ndarray | None:

@@ -176,6 +176,24 @@ def _terms(x, dtype) -> list[jax.Array]:
   return [*terms, x.astype(jnp.bfloat16)]
 
 
+def flops(kernel: str, shapes: list[tuple[int, ...]], bits: int) -> float | None:
+  """What a compiled kernel computes, by its name, its operands' shapes and the bits of the first; None for others.
+
+  The products of a chunk as they are done: with every term of `_add_product`, to whole pieces
+  of the state, and the scores once for each of the programs that share the columns out.
+  """
+  if kernel not in ("lightning_forward", "lightning_dq", "lightning_dk", "lightning_dv"):
+    return None
+  (batch, length, heads, d_a), _, (*_, d_c) = shapes[:3]
+  exact = bits == 32
+  chunk, columns, _, _ = _blocks(d_a, d_c, jnp.float32 if exact else jnp.bfloat16)
+  width, programs = d_a + -d_a % _rows(d_a), pl.cdiv(d_c, columns)
+  narrow, wide = (6, 6) if exact else (1, 2)  # products of operands alone, and with a float32 factor
+  scores = narrow * chunk * width
+  rest = wide * (2 * width + chunk) * columns  # from the state, to it, and scores times c
+  return 2.0 * batch * heads * pl.cdiv(length, chunk) * chunk * programs * (scores + rest)
+
+
 def _blocks(d_a: int, d_c: int, dtype) -> tuple[int, int, int, int]:
   """Tokens in a chunk, columns of a program, its warps, and chunks in flight: what ptxas needs to spill no register."""
   # Registers a thread of (forward and dq, dk and dv) on sm_90a, ptxas 12.9, length 1000; none is spilled:

@@ -13,13 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.kernels import dispatch
 from research.kernels.lightning_attention.reference import run_numbers
 
 CHUNK = 128
+CHUNK_CPU = 64  # scores of 128 x 128 fall out of a core's cache
 
 
-def attention(q_bthk, k_bthk, v_bthv, decay_h, segment_ids=None, state_bhkv=None, *, chunk: int = CHUNK):
+def attention(q_bthk, k_bthk, v_bthv, decay_h, segment_ids=None, state_bhkv=None, *, chunk: int | None = None):
   """As `api.lightning_attention`."""
+  chunk = chunk or (CHUNK_CPU if dispatch.platform() == "cpu" else CHUNK)
   (batch, length, heads, d_k), d_v = q_bthk.shape, v_bthv.shape[-1]
   dtype = jnp.promote_types(q_bthk.dtype, jnp.float32)
   if state_bhkv is None:

@@ -14,7 +14,8 @@ from research.models.transnormer import TransNormer, TransNormerConfig
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "1+elu": "1+elu", "none": "none", "identity": "none"}
 # what the released code does and its files cannot say otherwise
-_FIXED = {"decay": "released", "temperature": True, "gate": True, "norm": "srms", "norm_eps": 1e-6}
+_FIXED = {"decay": "released", "temperature": True, "gate": True, "glu_activation": "none"}
+_FIXED |= {"norm": "srms", "norm_eps": 1e-6}
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
