@@ -3,9 +3,9 @@
 EGPO's own tables (arXiv 2503.08942; `simulations/` of its public code): 10 responses, independent uniform preferences,
 references of normal logits, a policy that starts at its reference. The official step sizes and numbers of updates, as
 eta = 4 lr / (b n); 32 games a seed where the paper draws one, and as many transitive ones, where nobody should fail.
-`:sampled` estimates every update from 100 samples (b = 0.01; the official step, 100,000 updates); `:sweep` tries seven
-step sizes a method; `:certificate` follows KL(equilibrium || policy) from update to update for EGPO.
-Cost: about 1.5 minutes on 2 CPU cores; `:sweep` about 3, `:certificate` half a minute, `:sampled` about 15.
+`:sampled` estimates every update from 100 samples (b = 0.01, the official step and 100,000 updates, 10 games a seed);
+`:sweep` tries seven step sizes a method; `:certificate` follows EGPO's KL(equilibrium || policy) update by update.
+Cost: about 1.5 minutes on 2 CPU cores; `:sweep` about 3, `:certificate` half a minute, `:sampled` about 12.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/tabular.py
 """
@@ -38,8 +38,8 @@ def get_config(arg=None):
   c.table.kinds = ("uniform", "transitive")
   most = 5 if arg.tiny else 10**9
   if arg.sampled:
-    c.x64, c.eval_every = False, 10
-    c.table.update(b=0.01, rates=(0.008,), updates=min(1000, most), samples=100)
+    c.x64, c.eval_every, c.batch = False, 5, 10
+    c.table.update(kinds=("uniform",), b=0.01, rates=(0.008,), updates=min(1000, most), samples=100)
     c.arms = tuple((name, *method(name)) for name in METHODS if name not in ("nash_md_decay", "mmd"))
   elif arg.certificate:
     c.report = "contraction"
