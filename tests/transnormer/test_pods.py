@@ -22,8 +22,7 @@ def test_a_step_on_four_chips_counts_its_kernels():
   assert found["fits"]
   assert not found["counts"]["uncounted"]
   layers = 2
-  kernels = {"gated_lightning_attention_fwd": layers, "gated_lightning_attention_bwd": layers}
-  assert found["counts"]["kernels"] == kernels
+  assert found["counts"]["kernels"] == {f"gated_lightning_attention_{way}": layers for way in ("fwd", "bwd")}
   # no recomputation: the model's own products, and what is quadratic within chunks of 64 beside states of 32 x 32
   assert 1.0 < 4 * found["counts"]["flops"] / found["model_flops"] < 1.3
 

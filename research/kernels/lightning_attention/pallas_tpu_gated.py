@@ -120,7 +120,8 @@ def _shape(x, theta, runs, activation, block) -> _Shape:
   group = group if heads % group == 0 else heads
   d_k = d if theta is None else 2 * d
   s = _Shape(length, group, d_k, d, block, tpu.CHUNK, runs is not None, x.dtype, fields, activation, theta is not None)
-  while block > LANES and block * _bytes_a_token(s, x.dtype) > BUFFERS:
+  room = BUFFERS // 2 if x.dtype == jnp.float32 else BUFFERS  # its products spill more
+  while block > LANES and block * _bytes_a_token(s, x.dtype) > room:
     block //= 2
   return s._replace(block=block)
 
