@@ -442,8 +442,10 @@ def specs() -> list[tuple[str, config.RunConfig]]:
 
 
 def pods_of(spec: str) -> tuple[str, ...]:
-  """The pods that a config is made for: its PODS, or one host."""
-  return runpy.run_path(str(ROOT / spec.partition(":")[0])).get("PODS", HOST)
+  """The pods that a config is made for: its file's PODS, names or {argument: names}; or one host."""
+  path, _, arg = spec.partition(":")
+  pods = runpy.run_path(str(ROOT / path)).get("PODS", HOST)
+  return pods.get(arg, HOST) if isinstance(pods, dict) else pods
 
 
 def plan_all(again: bool) -> None:

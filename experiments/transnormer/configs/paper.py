@@ -31,7 +31,7 @@ SIZES = {
   "15b": (42, 5120, 40, 13_664, 100_280, 2.0e12, 4),
 }
 ARGS = tuple(SIZES)
-PODS = ("v5p:8x8x8", "v5p:16x16x16")
+PODS = dict.fromkeys(SIZES, ("v5p:8x8x8",)) | {"175b": ("v5p:16x16x16",)}
 
 
 def get_config(arg=None):
