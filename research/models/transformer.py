@@ -7,7 +7,8 @@ leading axis of every parameter, whether they are then scanned or unrolled.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
+import functools
+from typing import ClassVar, Literal
 
 from flax import nnx
 import jax
@@ -37,6 +38,7 @@ class TransformerConfig:
   mlp_width: int = 384
   rope_base: float = 10000.0
   rope_scaling: RopeScaling = RopeScaling()
+  rope_grid: ClassVar[int] = 0  # of models of images, see `research.nn.attention`
   norm_eps: float = 1e-5
   qk_norm: bool = False
   tie_embeddings: bool = False
@@ -75,6 +77,7 @@ class Block(nnx.Module):
       head_dim=cfg.head_dim,
       rope_base=cfg.rope_base,
       rope_scaling=cfg.rope_scaling,
+      rope_grid=cfg.rope_grid,
       out_scale=out_scale,
       qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
       partition=partition,
@@ -94,9 +97,13 @@ class Block(nnx.Module):
       policy=policy,
     )
 
-  def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-    x = x + self.attention(self.attention_norm(x), segment_ids, positions)
-    return x + self.mlp(self.mlp_norm(x))
+  def __call__(
+    self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, drop: Callable | None = None
+  ) -> jax.Array:
+    """drop(branch, y): what stays of the output of "attention" or "mlp" before it is added."""
+    drop = drop or (lambda branch, y: y)
+    x = x + drop("attention", self.attention(self.attention_norm(x), segment_ids, positions))
+    return x + drop("mlp", self.mlp(self.mlp_norm(x)))
 
   def extend(self, x, segment_ids, positions, cache: Cache, layer, fresh: bool) -> tuple[jax.Array, Cache]:
     """As a call, for tokens that follow those in `cache`."""
@@ -128,14 +135,25 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """tokens, segment_ids, positions int32 [batch, length] -> final hidden states [batch, length, width]."""
-    x = self._embed(tokens)
-    f = decoder.REMAT[self.cfg.remat](lambda block, x: block(x, segment_ids, positions))
-    x, _ = decoder.over_layers(lambda x, block: (f(block, x), None), x, self.blocks, self.cfg.layer_loop)
+    return self.run(self.lookup(tokens), segment_ids, positions)
+
+  def run(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, drop: Callable | None = None) -> jax.Array:
+    """Embedded tokens [batch, length, width] -> final hidden states.
+
+    drop(layer, branch, y), if given, is what stays of the output of a layer's "attention" or "mlp".
+    """
+
+    def layer(i, block, x):
+      return block(x, segment_ids, positions, drop and functools.partial(drop, i))
+
+    f = decoder.REMAT[self.cfg.remat](layer)
+    layers = (jnp.arange(self.cfg.layers), self.blocks)
+    x, _ = decoder.over_layers(lambda x, layer: (f(*layer, x), None), x, layers, self.cfg.layer_loop)
     return self.norm(x)
 
   def attention_weights(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """What every head attends to, float32 [layers, batch, heads, length, length]: dense, for looking inside."""
-    x, out = self._embed(tokens), []
+    x, out = self.lookup(tokens), []
     for block in decoder.unstack(self.blocks):
       out.append(block.attention.weights(block.attention_norm(x), segment_ids, positions))
       x = block(x, segment_ids, positions)
@@ -148,11 +166,17 @@ class Transformer(nnx.Module):
 
     Rows of different lengths are padded on their left, with segment 0.
     """
-    cfg, policy = self.cfg, POLICIES[self.cfg.precision]
-    check(tokens.shape[1] <= capacity, "capacity", capacity, f"must be at least the length {tokens.shape[1]}")
-    sizes = (cfg.layers, tokens.shape[0], capacity, cfg.heads, cfg.kv_heads, cfg.head_dim)
-    cache = empty_cache(self.blocks.attention.mix, *sizes, policy.compute)
-    return self._extend(tokens, segment_ids, positions, cache, fresh=True)
+    return self.prefill_embedded(self.lookup(place(tokens, TOKENS)), segment_ids, positions, capacity)
+
+  def prefill_embedded(
+    self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, capacity: int
+  ) -> tuple[jax.Array, Cache]:
+    """As `prefill`, of embedded tokens [batch, length, width]."""
+    cfg, (batch, length, _) = self.cfg, x.shape
+    check(length <= capacity, "capacity", capacity, f"must be at least the length {length}")
+    sizes = (cfg.layers, batch, capacity, cfg.heads, cfg.kv_heads, cfg.head_dim)
+    cache = empty_cache(self.blocks.attention.mix, *sizes, POLICIES[cfg.precision].compute)
+    return self._extend(x, segment_ids, positions, cache, fresh=True)
 
   def extend(
     self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, cache: Cache
@@ -161,11 +185,11 @@ class Transformer(nnx.Module):
 
     The caller sees to it that the cache has room: `cache.length + length <= capacity`.
     """
-    return self._extend(tokens, segment_ids, positions, cache, fresh=False)
+    return self._extend(self.lookup(place(tokens, TOKENS)), segment_ids, positions, cache, fresh=False)
 
-  def _extend(self, tokens, segment_ids, positions, cache: Cache, fresh: bool) -> tuple[jax.Array, Cache]:
-    tokens, segment_ids, positions = (place(x, TOKENS) for x in (tokens, segment_ids, positions))
-    x, cache = self._embed(tokens), cache.begin(segment_ids)
+  def _extend(self, x, segment_ids, positions, cache: Cache, fresh: bool) -> tuple[jax.Array, Cache]:
+    segment_ids, positions = place(segment_ids, TOKENS), place(positions, TOKENS)
+    cache = cache.begin(segment_ids)
 
     def body(carry, xs):
       layer, block = xs
@@ -175,7 +199,8 @@ class Transformer(nnx.Module):
     (x, cache), _ = decoder.over_layers(body, (x, cache), (layers, self.blocks), self.cfg.layer_loop)
     return self.norm(x), cache.end(segment_ids)
 
-  def _embed(self, tokens: jax.Array) -> jax.Array:
+  def lookup(self, tokens: jax.Array) -> jax.Array:
+    """tokens int32 [batch, length] -> their embeddings [batch, length, width] in the compute dtype."""
     return decoder.lookup(self.embed, tokens, POLICIES[self.cfg.precision])
 
   def head_weight(self) -> jax.Array:

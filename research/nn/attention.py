@@ -100,6 +100,7 @@ class Attention(nnx.Module):
     head_dim: int,
     rope_base: float,
     rope_scaling: rope.RopeScaling,
+    rope_grid: int = 0,  # the side of a square of image tokens, see rope.grid_angles; 0: a text
     out_scale: float,
     qk_norm_eps: float | None,
     partition: Partition,
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
     self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps, policy)
     self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps, policy)
     self.mix = mix
-    self.rope_base, self.rope_scaling = rope_base, rope_scaling
+    self.rope_base, self.rope_scaling, self.rope_grid = rope_base, rope_scaling, rope_grid
     self.group, self.implementation, self.policy = group, implementation, policy
 
   def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -186,7 +187,10 @@ class Attention(nnx.Module):
   def _rotate(self, q, k, positions):
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
-    cos, sin = rope.angles(positions, q.shape[-1], self.rope_base, self.rope_scaling)
+    if self.rope_grid:
+      cos, sin = rope.grid_angles(positions, q.shape[-1], self.rope_base, self.rope_grid)
+    else:
+      cos, sin = rope.angles(positions, q.shape[-1], self.rope_base, self.rope_scaling)
     return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
 
   def _join(self, y):

@@ -56,6 +56,19 @@ def angles(
   return jnp.cos(angle), jnp.sin(angle)
 
 
+def grid_angles(positions: jax.Array, head_dim: int, base: float, side: int) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin), each float32 [batch, length, 1, head_dim / 2], of the cells of a square behind a class token.
+
+  positions: int32 [batch, length]; t + 1 is cell (t // side, t % side). The first half of the pairs turns
+  by the row, the other by the column, each at base^(-4i / head_dim). Position 0, the class, gets cos =
+  sin = 0, as in LlamaGen (arXiv 2406.06525): its queries and keys are zero, not unrotated.
+  """
+  inverse = base ** (-jnp.arange(0, head_dim // 2, 2, dtype=jnp.float32) / (head_dim // 2))
+  cell = positions[:, :, None, None] - 1
+  angle = jnp.concatenate([(cell // side) * inverse, (cell % side) * inverse], axis=-1)
+  return jnp.where(cell < 0, 0.0, jnp.cos(angle)), jnp.where(cell < 0, 0.0, jnp.sin(angle))
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + head_dim/2}) of x [batch, length, heads, head_dim].
 

@@ -389,7 +389,7 @@ def test_tables_of_rotary_angles_in_old_files_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
   ("settings", "told"),
   [
-    ({"model_type": "bert"}, "model_type=bert: cannot be read; choose from kvshift, llama, transnormer"),
+    ({"model_type": "bert"}, "model_type=bert: cannot be read; choose from kvshift, llama, llamagen, "),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
@@ -609,7 +609,7 @@ def broken(tmp_path, how):
     ("index without map", ["needs a weight_map"]),
     ("sharded without index", ["holds 2 safetensors files and no model.safetensors.index.json"]),
     ("pickle", ["pytorch_model.bin: is no zip file of torch.save, and other pickles are never opened"]),
-    ("other pickle", ["model.pt is a pickle, which is never opened"]),
+    ("other pickle", ["model.pt: is no zip file of torch.save, and other pickles are never opened"]),
     ("no file", ["give a directory with model.safetensors"]),
   ],
 )

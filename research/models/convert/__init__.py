@@ -1,6 +1,7 @@
 """Reads and writes published weights: directories of `config.json` and safetensors files.
 
-The families are `llama` and `transnormer`, and `FAMILY` of every `experiments/*/convert.py`.
+Language models: `llama` and `transnormer`, and `FAMILY` of every `experiments/*/convert.py`.
+Of images: `llamagen`, `var` and the tokenizers of both, whose released files stand without a config.json.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import UserError, check
-from research.models.convert import llama, transnormer
+from research.models.convert import llama, llamagen, transnormer
 from research.models.convert.family import Family, Tensor
 from research.models.convert.files import DTYPES, Stored, is_weights, open_tensors, read_json, write
 from research.report import table
@@ -77,29 +78,36 @@ def families() -> list[Family]:
   root = pathlib.Path(__file__).resolve().parents[3] / "experiments"
   names = sorted(p.parent.name for p in root.glob("*/convert.py"))
   theirs = [importlib.import_module(f"experiments.{name}.convert").FAMILY for name in names]
-  return [*theirs, llama.FAMILY, transnormer.FAMILY]
+  return [*theirs, llama.FAMILY, transnormer.FAMILY, llamagen.FAMILY]
 
 
-def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None) -> Weights:
-  """Opens a directory of weights and checks every key, shape and dtype; reads no tensor.
+def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None, member: str | None = None) -> Weights:
+  """Opens a directory of weights, or one file, and checks every key, shape and dtype; reads no tensor.
 
   settings: entries that stand for those of config.json, e.g. the names of a family's
-  own tensors. Raises UserError for what is wrong, with a table of what differs.
+  own tensors. member: where in a checkpoint of PyTorch's the tensors are, e.g. trainer.vae_local;
+  default: where the released ones have the model. Raises UserError for what is wrong, with a table
+  of what differs.
   """
   directory = pathlib.Path(directory)
-  check(directory.is_dir(), "weights", directory, "no such directory; give one with config.json and model.safetensors")
-  stored = open_tensors(directory)
-  # tables that very old files carry; what they hold follows from the config
-  stored = {key: x for key, x in stored.items() if not key.endswith(".rotary_emb.inv_freq")}
-  config = read_json(directory / "config.json") | dict(settings or {})
+  fix = "no such directory; give one with config.json and model.safetensors, or a file"
+  check(directory.exists(), "weights", directory, fix)
+  stored = open_tensors(directory, member)
+  config, said = dict(settings or {}), directory / "config.json" if directory.is_dir() else directory
+  # the keys of some families say enough
+  if directory.is_dir() and (said.exists() or not any(f.reads(config, stored.keys()) for f in families())):
+    config = read_json(said) | config
   try:
     family = next((f for f in families() if f.reads(config, stored.keys())), None)
     known = ", ".join(sorted(f.name for f in families()))
     check(family is not None, "model_type", config.get("model_type"), f"cannot be read; choose from {known}")
+    config = family.infer(stored) | config
     decided = family.settings(config)
-    expected = family.tensors(family.Config(**decided), config)
+    cfg = family.Config(**decided)
+    expected, buffers = family.tensors(cfg, config), family.buffers(cfg)
   except UserError as e:
-    raise UserError(f"{directory / 'config.json'}: {e.field}", e.value, e.fix) from None
+    raise UserError(f"{said}: {e.field}", e.value, e.fix) from None
+  stored = {key: x for key, x in stored.items() if key not in buffers and not key.endswith(family.ignores)}
   rows = []
   for key in sorted(stored.keys() | expected.keys()):
     x, tensor = stored.get(key), expected.get(key)
@@ -117,12 +125,12 @@ def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None
   return Weights(directory, family, config, decided, stored)
 
 
-def load(directory: str | os.PathLike, partition: str = "replicated", **execution: Any) -> tuple[Any, Any]:
+def load(weights: str | os.PathLike | Weights, partition: str = "replicated", **execution: Any) -> tuple[Any, Any]:
   """(config, model) of a directory of weights, under the current mesh. Raises UserError.
 
   execution: the fields of the model's config that weights do not decide, e.g. precision="float32".
   """
-  weights = read(directory)
+  weights = weights if isinstance(weights, Weights) else read(weights)
   cfg = weights.family.Config(**weights.settings, **execution)
   cfg.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), partition)
   make = functools.partial(weights.family.make, cfg=cfg, partition=partition)
@@ -167,6 +175,7 @@ def export(
   tensors = family.tensors(model.cfg, config)
   held = like.stored if like else {}
   tensors = {key: tensor for key, tensor in tensors.items() if not tensor.copy or key in held}
+  buffers = family.buffers(model.cfg)
   kinds = {key: names[dtype] if dtype else _kind(held.get(key)) for key in tensors}
   params = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(model)}
 
@@ -175,6 +184,8 @@ def export(
     return jax.device_get(params[name] if i is None else params[name][i : i + 1])
 
   def tensor(key):
+    if key in buffers:
+      return buffers[key]
     t = tensors[key]
     whole = dataclasses.replace(t, layer=None if t.layer is None else 0)
     x = whole.as_file(layer(t.param, t.layer))
@@ -185,6 +196,7 @@ def export(
     return y
 
   sizes = {key: t.size * kinds[key].itemsize for key, t in tensors.items()}
+  sizes |= {key: x.nbytes for key, x in buffers.items()}
   write(pathlib.Path(directory), config, sizes, tensor, shard_bytes)
 
 

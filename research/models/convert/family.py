@@ -1,6 +1,6 @@
 """What the importer needs to know of a family of published models."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 import dataclasses
 import math
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from research.errors import check
+from research.models.convert.files import Stored
 from research.models.transformer import TransformerConfig
 
 
@@ -15,8 +16,9 @@ from research.models.transformer import TransformerConfig
 class Tensor:
   """A tensor of a file and the part of a parameter that it is.
 
-  file[key].reshape(split).transpose(axes) is param[layer][at], the layer left out where
+  file[key][rows].reshape(split).transpose(axes) is param[layer][at], the layer left out where
   it is None; `at` names a range along one axis of the layer's parameter, None: all of it.
+  `rows` is a permutation, for what no reshape can order.
   """
 
   param: str  # dotted path in the model, e.g. blocks.attention.qkv
@@ -25,10 +27,12 @@ class Tensor:
   axes: tuple[int, ...] | None = None
   layer: int | None = None
   at: tuple[int, int, int] | None = None  # (axis, start, stop)
+  rows: Sequence[int] | None = None
   copy: bool = False  # may be absent: the same values stand in the file under another key
 
   def as_param(self, x: np.ndarray) -> np.ndarray:
-    """A tensor as in the file -> the part of the parameter, both as views."""
+    """A tensor as in the file -> the part of the parameter, a view unless there are `rows`."""
+    x = x if self.rows is None else x[np.asarray(self.rows)]
     x = x if self.split is None else x.reshape(self.split)
     x = x if self.axes is None else x.transpose(self.axes)
     return x if self.layer is None else x[None]
@@ -38,7 +42,8 @@ class Tensor:
     x = param[self.region(param.ndim)]
     x = x if self.layer is None else x[0]
     x = x if self.axes is None else x.transpose(np.argsort(self.axes))
-    return x.reshape(self.shape)
+    x = x.reshape(self.shape)
+    return x if self.rows is None else x[np.argsort(self.rows)]
 
   def region(self, rank: int) -> tuple[slice, ...]:
     """Where in the parameter of that rank the part stands."""
@@ -67,6 +72,10 @@ class Family:
   make: (key, Config, partition) -> the model with random parameters.
   writes: model -> whether it is of this family.
   describe: Config -> config.json without dtype. Raises UserError for what the format cannot say.
+  infer: tensors of the files -> what they say of config.json, which may be absent or leave it out.
+  buffers: Config -> {key: values} of tensors that are no parameters: passed over, and written for
+    code that asks for them.
+  ignores: ends of further keys that are passed over.
   """
 
   name: str
@@ -77,6 +86,9 @@ class Family:
   writes: Callable[[Any], bool]
   describe: Callable[[Any], dict[str, Any]]
   Config: type = TransformerConfig
+  infer: Callable[[Mapping[str, Stored]], dict[str, Any]] = lambda stored: {}
+  buffers: Callable[[Any], dict[str, np.ndarray]] = lambda cfg: {}
+  ignores: tuple[str, ...] = ()
 
 
 def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

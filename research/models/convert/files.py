@@ -1,6 +1,6 @@
 """A directory of published weights: `config.json` beside files of tensors, opened without reading the tensors.
 
-The files are safetensors, or where there are none PyTorch's `.bin`, of which no
+The files are safetensors, or where there are none PyTorch's `.bin`, `.pt` or `.pth`, of which no
 program is run; see `research.models.convert.torch_files`.
 """
 
@@ -22,7 +22,9 @@ from research.models.convert import torch_files
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 INDEX = "model.safetensors.index.json"
 _BIN = "pytorch_model.bin"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ZIPS = (".pt", ".pth", ".bin", ".ckpt")  # as torch.save names its files
+_PICKLES = (*_ZIPS, ".pkl")
+_VIEWS = DTYPES | {"I64": np.dtype(np.int64)}
 
 
 class Stored:
@@ -33,8 +35,8 @@ class Stored:
     self._data, self._start = data, start
 
   def view(self) -> np.ndarray:
-    """The tensor as it lies in the file; only what is touched is read. Its dtype must be one of DTYPES."""
-    return np.ndarray(self.shape, DTYPES[self.dtype], self._data, self._start)
+    """The tensor as it lies in the file; only what is touched is read. Its dtype must be one of DTYPES, or I64."""
+    return np.ndarray(self.shape, _VIEWS[self.dtype], self._data, self._start)
 
   def __str__(self) -> str:
     return f"{self.dtype} {list(self.shape)}"
@@ -60,13 +62,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
-def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
-  """Every tensor of `directory` by key. Raises UserError for files that are absent, damaged or contradict the index."""
+def open_tensors(directory: pathlib.Path, member: str | None = None) -> dict[str, Stored]:
+  """Every tensor of `directory`, or of a file, by key; of its `member` for a nested file of PyTorch's.
+
+  Raises UserError for files that are absent, damaged or contradict the index.
+  """
+  if directory.is_file():
+    return _open_file(directory, member)
   safe = any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*"))
   single, open_file = directory / ("model.safetensors" if safe else _BIN), _open if safe else _open_bin
   index = directory / f"{single.name}.index.json"
   if single.is_file() or not index.is_file():
-    return open_file(single if single.is_file() else _only_file(directory))
+    return _open_file(single if single.is_file() else _only_file(directory), member)
   where = read_json(index).get("weight_map")
   ok = isinstance(where, dict) and where and all(_plain_name(name, single.suffix) for name in where.values())
   check(bool(ok), "weights", index, "needs a weight_map from keys to the names of files beside it")
@@ -130,12 +137,22 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 def _only_file(directory: pathlib.Path) -> pathlib.Path:
   check(directory.is_dir(), "weights", directory, "no such directory")
   files = sorted(directory.glob("*.safetensors"))
-  if not files:
+  zips = sorted(f for f in directory.iterdir() if f.suffix in _ZIPS)
+  if not files and not zips:
     pickles = [f.name for f in directory.iterdir() if f.suffix in _PICKLES]
     fix = f"{pickles[0]} is a pickle, which is never opened here; convert it" if pickles else "there is none in it"
     raise UserError("weights", directory, f"give a directory with model.safetensors; {fix}")
-  check(len(files) == 1, "weights", directory, f"holds {len(files)} safetensors files and no {INDEX}")
-  return files[0]
+  names = ", ".join(f.name for f in zips)
+  check(files or len(zips) == 1, "weights", directory, f"holds {names}: give one of them")
+  check(len(files) <= 1, "weights", directory, f"holds {len(files)} safetensors files and no {INDEX}")
+  return (files or zips)[0]
+
+
+def _open_file(path: pathlib.Path, member: str | None) -> dict[str, Stored]:
+  if path.suffix in _ZIPS:
+    return _open_bin(path, member)
+  check(member is None, "member", member, f"{path.name} has none: only files of torch.save are nested")
+  return _open(path)
 
 
 def _open(path: pathlib.Path) -> dict[str, Stored]:
@@ -155,8 +172,8 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
   return {key: Stored(data, t["dtype"], tuple(t["shape"]), t["data_offsets"][0]) for key, t in header.items()}
 
 
-def _open_bin(path: pathlib.Path) -> dict[str, Stored]:
-  data, held = torch_files.open_tensors(path)
+def _open_bin(path: pathlib.Path, member: str | None = None) -> dict[str, Stored]:
+  data, held = torch_files.open_tensors(path, member)
   return {key: Stored(data, t.dtype, t.shape, t.start) for key, t in held.items()}
 
 

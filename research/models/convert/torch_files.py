@@ -2,8 +2,9 @@
 
 Such a file holds a pickle that says which tensors there are, and their numbers beside it.
 A pickle is a program that calls functions by name. Here it finds only what a dictionary of
-tensors needs: dictionaries, the names of storages, and functions of this file that make a
-tuple. Any other name ends the reading before anything is called.
+tensors needs: dictionaries, the names of storages, functions of this file that make a
+tuple, and an empty class for the options that training scripts save beside them. Any other name ends
+the reading before anything is called.
 """
 
 import collections
@@ -26,7 +27,12 @@ _STORAGES = {
   "HalfStorage": ("F16", 2),
   "DoubleStorage": ("F64", 8),
   "LongStorage": ("I64", 8),
+  "IntStorage": ("I32", 4),
+  "ByteStorage": ("U8", 1),
+  "BoolStorage": ("BOOL", 1),
 }
+# where checkpoints have the model, the first that is there; the last two are VAR's and CCA's
+_MEMBERS = ("", "model", "module", "state_dict", "trainer.var_wo_ddp", "trainer")
 _HEADER = 30  # bytes of a zip member's header before its name
 
 
@@ -45,8 +51,12 @@ class _Storage(NamedTuple):
   end: int
 
 
-def open_tensors(path: pathlib.Path) -> tuple[np.ndarray, dict[str, Found]]:
-  """The bytes of the file, mapped, and where in them each tensor lies. Raises UserError for any other file."""
+def open_tensors(path: pathlib.Path, member: str | None = None) -> tuple[np.ndarray, dict[str, Found]]:
+  """The bytes of the file, mapped, and where in them each tensor of its `member` lies.
+
+  member: where in nested dictionaries the tensors by name are, e.g. trainer.vae_local; default: the
+  first of those places where the released code puts them. Raises UserError for any other file.
+  """
   try:
     with zipfile.ZipFile(path) as file:
       members = {info.filename.partition("/")[2]: info for info in file.infolist()}
@@ -63,9 +73,19 @@ def open_tensors(path: pathlib.Path) -> tuple[np.ndarray, dict[str, Found]]:
     raise UserError("weights", path, "is no zip file of torch.save, and other pickles are never opened") from None
   except Exception as e:  # a damaged pickle fails in any way
     raise UserError("weights", path, f"is damaged: {' '.join(str(e).split()) or type(e).__name__}") from None
+  places = _MEMBERS if member is None else (member,)
+  found = [x for x in (_member(held, place) for place in places) if x]
+  where = "at its top or under model, module, state_dict or trainer" if member is None else f"at member={member}"
+  check(bool(found), "weights", path, f"must hold a dictionary of tensors by name and nothing else {where}")
+  return data, dict(found[0])
+
+
+def _member(held: Any, place: str) -> Mapping[str, Found] | None:
+  """The dictionary of tensors at a dotted place, or None."""
+  for name in place.split(".") if place else ():
+    held = held.get(name) if isinstance(held, Mapping) else None
   ok = isinstance(held, Mapping) and all(isinstance(k, str) and isinstance(v, Found) for k, v in held.items())
-  check(ok, "weights", path, "must hold a dictionary of tensors by name and nothing else")
-  return data, dict(held)
+  return held if ok else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -81,6 +101,7 @@ class _Unpickler(pickle.Unpickler):
       ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _tensor(*args),
       ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor,
       ("collections", "OrderedDict"): collections.OrderedDict,
+      ("argparse", "Namespace"): type("Options", (), {}),
     }
     check((module, name) in known, "weights", self._path, f"calls {module}.{name}, which tensors have no need of")
     return known[module, name]
