@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 import json
 import math
+import os
 import shlex
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 import numpy as np
 
 from research import paths, writers
@@ -80,6 +82,18 @@ def dots(values: Mapping[str, Sequence[float]], label: Callable[[str], str], xla
   ax.set_xlabel(xlabel, fontsize=9)
   ax.set_title("a dot a seed, a bar their mean; left is better", fontsize=10)
   return fig
+
+
+def image_grid(path: str | os.PathLike, images: np.ndarray, columns: int, scale: int = 1) -> None:
+  """Writes a PNG of images [n, height, width, 1 or 3 channels] in [-1, 1], row by row, each pixel `scale` wide."""
+  n, height, width, channels = images.shape
+  rows = -(-n // columns)
+  grid = np.full((rows * columns, height + 1, width + 1, channels), 1.0, np.float32)  # a line between images
+  grid[:n, :height, :width] = np.clip(images, -1, 1)
+  grid = grid.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
+  grid = grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+  grid = np.broadcast_to(grid, (*grid.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)
+  imsave(path, np.round((grid + 1) * 127.5).astype(np.uint8), format="png")
 
 
 def over_seeds(by_arm: Mapping[str, Mapping[int, Any]]) -> str:

@@ -6,7 +6,7 @@ import jax
 from jax import P
 
 from research.errors import check
-from research.mesh import AXES
+from research.mesh import AXES, BATCH
 
 
 def platform() -> str:
@@ -49,6 +49,12 @@ def axis_size(name: str) -> int:
 def place(x, spec: P):
   """`x` (an array or None) under `spec`, if a mesh is set: `per_shard` takes its operands as they stand."""
   return jax.reshard(x, spec) if on_mesh() and x is not None else x
+
+
+def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+  """`x` [batch, ...] as [batch, *shape], of which only the batch is cut: plain reshapes refuse to guess that."""
+  shape = (x.shape[0], *shape)
+  return jax.lax.reshape(x, shape, out_sharding=P(BATCH, *[None] * (len(shape) - 1)) if on_mesh() else None)
 
 
 def per_shard(f: Callable, in_specs, out_specs) -> Callable:

@@ -93,7 +93,7 @@ class LlamaGen(nnx.Module):
     self.cfg = cfg
 
   def __call__(self, tokens: jax.Array, labels: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """tokens int32 [batch, length], labels int32 [batch] -> hidden states [batch, length, width] that predict the tokens.
+    """tokens int32 [batch, length], labels int32 [batch] -> hidden states [batch, length, width] that predict them.
 
     Row t has seen the class and the tokens before t: the last token is not looked at. With a
     key dropouts act, and labels are dropped.
@@ -114,12 +114,12 @@ class LlamaGen(nnx.Module):
     return self.decoder.run(x, *_rows(tokens.shape[0], 0, tokens.shape[1]), None if key is None else drop)
 
   def begin(self, labels: jax.Array) -> tuple[jax.Array, Cache]:
-    """labels int32 [batch] -> hidden states [batch, 1, width] that predict the first token, and a cache for `extend`."""
+    """labels int32 [batch] -> the hidden state [batch, 1, width] that predicts the first token, and a cache."""
     x = self._embed_class(labels)
     return self.decoder.prefill_embedded(x, *_rows(len(labels), 0, 1), self.cfg.tokens)
 
   def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Hidden states [batch, length, width] that predict what follows each of `tokens`, which follow those in `cache`."""
+    """Hidden states [batch, length, width] that predict what follows each of `tokens`, which follow `cache`."""
     batch, length = tokens.shape
     return self.decoder.extend(tokens, *_rows(batch, cache.length, length), cache)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flax import nnx
 import jax
+from jax import P
 from jax import numpy as jnp
 
 from research.mesh import HIDDEN, Partition
@@ -41,3 +42,35 @@ class GLU(nnx.Module):
     gate, up = jnp.split(y, 2, axis=2)  # not indexing: its transpose is one concatenation instead of padded sums
     y = (self.activation(gate) * up)[:, :, 0]
     return jnp.einsum("btf,fd->btd", y, self.policy.weight(self.down[...]), out_sharding=HIDDEN)
+
+
+class MLP(nnx.Module):
+  """down(activation(up(x))), both with a bias. Weights start at the standard deviation 1 / sqrt(fan)."""
+
+  def __init__(
+    self,
+    key: jax.Array,
+    *,
+    width: int,
+    hidden: int,
+    activation: Callable[[jax.Array], jax.Array],
+    fan: int,
+    out_scale: float,
+    partition: Partition,
+    policy: Policy,
+  ):
+    up_key, down_key = jax.random.split(key)
+    data, _, model = partition.up
+    up, down = fan_in(up_key, (width, hidden), fan, policy.params, P(data, model)), (hidden, width)
+    self.up = nnx.Param(up, matrix=((-2,), (-1,)))
+    self.up_bias = nnx.Param(jnp.zeros(hidden, policy.params, out_sharding=P(model)))
+    self.down = nnx.Param(fan_in(down_key, down, fan, policy.params, partition.down, out_scale), matrix=((-2,), (-1,)))
+    self.down_bias = nnx.Param(jnp.zeros(width, policy.params, out_sharding=partition.vector))
+    self.activation, self.policy = activation, policy
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [batch, length, width] -> [batch, length, width]."""
+    weight = self.policy.weight
+    y = self.activation(jnp.einsum("btd,df->btf", x, weight(self.up[...])) + weight(self.up_bias[...]))
+    y = jnp.einsum("btf,fd->btd", y, weight(self.down[...]), out_sharding=HIDDEN)
+    return y + weight(self.down_bias[...])

@@ -54,12 +54,20 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [..., width] -> [..., width], same dtype."""
-    y = x.astype(self.policy.reduce)
-    y = _over_rms(y - jnp.mean(y, axis=-1, keepdims=True), self.eps)
+    y = _standardized(x.astype(self.policy.reduce), self.eps)
     return (y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)).astype(x.dtype)
 
 
 NORMS = {"srms": SRMSNorm, "rms": RMSNorm, "layer": LayerNorm}
+
+
+def standardize(x: jax.Array, eps: float, policy: Policy) -> jax.Array:
+  """(x - mean) / deviation over the last axis: LayerNorm without parameters."""
+  return _standardized(x.astype(policy.reduce), eps).astype(x.dtype)
+
+
+def _standardized(x, eps):
+  return _over_rms(x - jnp.mean(x, axis=-1, keepdims=True), eps)
 
 
 def _over_rms(x, eps):

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import UserError, check
-from research.models.convert import llama, llamagen, transnormer
+from research.models.convert import image_tokenizers, llama, llamagen, transnormer, var
 from research.models.convert.family import Family, Tensor
 from research.models.convert.files import DTYPES, Stored, is_weights, open_tensors, read_json, write
 from research.report import table
@@ -78,7 +78,8 @@ def families() -> list[Family]:
   root = pathlib.Path(__file__).resolve().parents[3] / "experiments"
   names = sorted(p.parent.name for p in root.glob("*/convert.py"))
   theirs = [importlib.import_module(f"experiments.{name}.convert").FAMILY for name in names]
-  return [*theirs, llama.FAMILY, transnormer.FAMILY, llamagen.FAMILY]
+  tokenizers = (image_tokenizers.VQ_FAMILY, image_tokenizers.VQVAE_FAMILY)
+  return [*theirs, llama.FAMILY, transnormer.FAMILY, llamagen.FAMILY, var.FAMILY, *tokenizers]
 
 
 def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None, member: str | None = None) -> Weights:
