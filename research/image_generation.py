@@ -20,6 +20,8 @@ from research.models.llamagen import LlamaGen
 from research.models.var import VAR
 from research.models.vqvae import VQVAE
 
+_PLAIN = Sampling()
+
 
 def llamagen_tokens(
   model: LlamaGen,
@@ -27,7 +29,7 @@ def llamagen_tokens(
   *,
   guidance: float = 1.0,
   interval: int = -1,
-  sampling: Sampling = Sampling(),
+  sampling: Sampling = _PLAIN,
   seed: int = 0,
 ) -> np.ndarray:
   """Codes int32 [len(labels), tokens] drawn for each class; the null class is label `classes`.
@@ -51,7 +53,7 @@ def var_images(
   labels: Sequence[int],
   *,
   guidance: float = 0.0,
-  sampling: Sampling = Sampling(),
+  sampling: Sampling = _PLAIN,
   seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Codes int32 [len(labels), tokens] drawn for each class, and their images, float32 NHWC in [-1, 1].

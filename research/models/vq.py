@@ -5,6 +5,7 @@ features are compared, and returned, on the unit sphere. Images are NHWC in [-1,
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 from flax import nnx
@@ -13,7 +14,7 @@ from jax import P
 from jax import numpy as jnp
 
 from research.errors import check
-from research.kernels.dispatch import place
+from research.kernels.dispatch import place, reshape_rows
 from research.mesh import MeshConfig
 from research.nn.conv import GROUPS, IMAGES, Conv, Stack
 from research.nn.precision import POLICIES
@@ -77,12 +78,14 @@ OFFICIAL = {"VQ-16": VQConfig(), "VQ-8": VQConfig(mult=(1, 2, 2, 4))}
 class Quantized(NamedTuple):
   """features: [batch, ..., code_width], the codes, with the gradient of what they stand for; codes: int32 [batch, ...].
 
-  losses: "codebook", "commitment" and "entropy", each with its weight.
+  losses: "codebook", "commitment" and "entropy", each with its weight. sought: the vectors that were looked
+  up, [batch, tokens, code_width].
   """
 
   features: jax.Array
   codes: jax.Array
   losses: dict[str, jax.Array]
+  sought: jax.Array
 
 
 class ConvTokenizer(nnx.Module):
@@ -148,7 +151,7 @@ class VQ(ConvTokenizer):
       "commitment": cfg.commitment * jnp.mean(jnp.square(sg(e) - z)),
       "entropy": cfg.entropy * _entropy(distances) if cfg.entropy else jnp.zeros(()),
     }
-    return Quantized(z + sg(e - z), codes, losses)
+    return Quantized(z + sg(e - z), codes, losses, reshape_rows(z, math.prod(codes.shape[1:]), cfg.code_width))
 
   def _book(self) -> jax.Array:
     book = self.codebook[...].astype(jnp.float32)

@@ -71,12 +71,14 @@ class Quantized(NamedTuple):
   """features: [batch, n, n, code_width], with the gradient of what they stand for; codes: int32 [batch, tokens].
 
   losses: "codebook" and "commitment", each with its weight. partial: the features after each scale.
+  sought: the vectors that were looked up, [batch, tokens, code_width].
   """
 
   features: jax.Array
   codes: jax.Array
   losses: dict[str, jax.Array]
   partial: list[jax.Array]
+  sought: jax.Array
 
 
 class VQVAE(ConvTokenizer):
@@ -101,7 +103,7 @@ class VQVAE(ConvTokenizer):
     With f' the features after a scale: codebook mean((f' - sg f)^2), commitment * mean((sg f' - f)^2).
     """
     sg, book, n = jax.lax.stop_gradient, self._book(), self.cfg.scales[-1]
-    rest, now, codes, partial = sg(f), jnp.zeros_like(f), [], []
+    rest, now, codes, partial, sought = sg(f), jnp.zeros_like(f), [], [], []
     for i, side in enumerate(self.cfg.scales):
       z = rest if side == n else resize(rest, area_matrix(n, side))
       found, _ = nearest(sg(book), z)
@@ -109,12 +111,14 @@ class VQVAE(ConvTokenizer):
       now, rest = now + h, rest - sg(h)
       codes.append(reshape_rows(found, side * side))
       partial.append(now)
+      sought.append(reshape_rows(z, side * side, z.shape[-1]))
     mean = lambda g: sum(map(g, partial)) / len(partial)
     losses = {
       "codebook": mean(lambda now: jnp.mean(jnp.square(now - sg(f)))),
       "commitment": self.cfg.commitment * mean(lambda now: jnp.mean(jnp.square(sg(now) - f))),
     }
-    return Quantized(f + sg(now - f), jnp.concatenate(codes, axis=1), losses, partial)
+    codes, sought = jnp.concatenate(codes, axis=1), jnp.concatenate(sought, axis=1)
+    return Quantized(f + sg(now - f), codes, losses, partial, sought)
 
   def partial(self, codes: jax.Array) -> list[jax.Array]:
     """Codes [batch, tokens] of the first scales, or all -> the features after each, [batch, n, n, code_width]."""
@@ -127,7 +131,7 @@ class VQVAE(ConvTokenizer):
     return out
 
   def inputs(self, codes: jax.Array) -> jax.Array:
-    """What VAR reads to predict `codes` [batch, tokens]: [batch, tokens - scales[0]^2, code_width], from the second scale on.
+    """What VAR reads to predict `codes` [batch, tokens] of all scales but the first, [batch, ..., code_width].
 
     To the cells of a scale: the features after all coarser scales, averaged down to it.
     """
