@@ -50,6 +50,43 @@ def test_a_prefix_and_a_single_token_get_the_same_logits(dtype, monkeypatch, tmp
     np.testing.assert_allclose(out, expected["logits"][:rows, :length], atol=1e-4)
 
 
+IMAGES = GOLDENS / "images"
+LABELS = {"llamagen_gpt_mha": ("tokens", "class_ids"), "var_l2norm": ("gt_BL", "label_B")}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_models_of_images_get_the_logits_of_their_own_code(name, monkeypatch, tmp_path):
+  expected = np.load(IMAGES / name / "expected.npz")
+  tokens, labels = (expected[key] for key in LABELS[name])
+  np.savez(tmp_path / "in.npz", tokens=tokens, labels=labels.astype(np.uint8))
+  tokenizer = [f"--tokenizer={IMAGES / 'var_vqvae'}"] if name.startswith("var") else []
+  paths = [f"--weights={IMAGES / name}", f"--tokens={tmp_path / 'in.npz'}", f"--out={tmp_path / 'out.npz'}"]
+  if name.startswith("var"):  # in two goes
+    monkeypatch.setattr(logits, "_BYTES", tokens.shape[1] * 32 * 4)
+  call(monkeypatch, *paths, *tokenizer)
+  np.testing.assert_allclose(np.load(tmp_path / "out.npz")["logits"], expected["logits_cond"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("name", "arrays", "tokenizer", "told"),
+  [
+    ("llamagen_gpt_mha", {"tokens": [[1]]}, None, "has no array `labels`; it has tokens"),
+    ("llamagen_gpt_mha", {"tokens": [[1]], "labels": [11]}, None, "labels=11: must lie in 0 .. 10"),
+    ("llamagen_gpt_mha", {"tokens": [[1]], "labels": [1, 2]}, None, "labels=2: must be one for each of the 1 rows"),
+    ("llamagen_gpt_mha", {"tokens": [[1] * 17], "labels": [1]}, None, "tokens=17: an image has 16"),
+    ("llamagen_gpt_mha", {"tokens": [[1]], "labels": [[1]]}, None, "[1, 1]: must be [batch], not empty"),
+    ("llamagen_gpt_mha", {"tokens": [[1]], "labels": [1]}, "var_vqvae", "only VAR needs it"),
+    ("var_l2norm", {"tokens": [[1] * 30], "labels": [1]}, None, "give that of VAR: --tokenizer=DIR"),
+    ("var_l2norm", {"tokens": [[1] * 30], "labels": [1]}, "llamagen_vq", "is a llamagen_vq; give that of VAR"),
+    ("llamagen_vq", {"tokens": [[1]]}, None, "is a llamagen_vq: a tokenizer has no logits"),
+  ],
+)
+def test_what_models_of_images_need_is_told_in_one_line(name, arrays, tokenizer, told, monkeypatch, tmp_path, capsys):
+  np.savez(tmp_path / "in.npz", **arrays)
+  more = [f"--tokenizer={IMAGES / tokenizer}"] if tokenizer else []
+  stops(monkeypatch, capsys, tmp_path, told, None, IMAGES / name, *more)
+
+
 def test_rows_computed_in_several_goes_are_the_same(monkeypatch, tmp_path):
   tokens = np.random.default_rng(0).integers(97, size=(5, 6))
   whole = compute(monkeypatch, tmp_path, tokens)
@@ -108,10 +145,11 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(monkeypatch, tmp_pat
   stops(monkeypatch, capsys, tmp_path, "no such directory", weights=tmp_path / "none")
 
 
-def stops(monkeypatch, capsys, tmp_path, told, out=None, weights=GOLDENS / "llama"):
+def stops(monkeypatch, capsys, tmp_path, told, out=None, weights=GOLDENS / "llama", *more):
   before = sorted(tmp_path.iterdir())
+  paths = [f"--weights={weights}", f"--tokens={tmp_path / 'in.npz'}", f"--out={out or tmp_path / 'o.npz'}"]
   with pytest.raises(SystemExit) as e:
-    call(monkeypatch, f"--weights={weights}", f"--tokens={tmp_path / 'in.npz'}", f"--out={out or tmp_path / 'o.npz'}")
+    call(monkeypatch, *paths, *more)
   assert e.value.code == run.EXIT_USER
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1

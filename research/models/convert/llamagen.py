@@ -32,6 +32,9 @@ def infer(stored: Mapping[str, Stored]) -> dict[str, Any]:
     said["num_classes"] = shape[_CLASSES][0] - 1
   if "layers.0.feed_forward.w1.weight" in shape:
     said["ffn_hidden_dim"] = shape["layers.0.feed_forward.w1.weight"][0]
+  qkv, heads = shape.get("layers.0.attention.wqkv.weight"), said["n_head"]
+  if qkv and heads and width % heads == 0:
+    said["n_kv_head"] = (qkv[0] * heads // width - heads) // 2
   return said
 
 
