@@ -12,6 +12,7 @@ from research.generation import Sampling, filtered
 from research.image_generation import llamagen_tokens, var_images
 from research.mesh import MeshConfig
 from research.models.llamagen import LlamaGen
+from research.models.vqvae import VQVAE, VQVAEConfig
 from research.report import image_grid
 from tests import small
 from tests.models import test_llamagen, test_var
@@ -120,3 +121,18 @@ def test_a_grid_of_images_is_a_picture_with_every_image_in_its_place(tmp_path):
   for i in range(5):
     row, column = divmod(i, 3)
     np.testing.assert_allclose(picture[10 * row + 3, 14 * column + 5], i / 4, atol=1 / 255)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_var_draws_on_four_devices_what_it_draws_on_one(guidance):
+  sizes = {"vocab": 16, "code_width": 4, "scales": (1, 2, 4)}
+  book = VQVAEConfig(**sizes, latent=4, channels=32, mult=(1, 1), blocks=1, image_channels=1)
+  made = []
+  for mesh, devices in ((None, 1), (MeshConfig(1, 2, 2), 4)):
+    with small.use(mesh, devices):
+      model = test_var.random_model(test_var.varied(**sizes))
+      tokenizer = jax.jit(lambda key: VQVAE(key, book))(jax.random.key(0))
+      made.append(var_images(model, tokenizer, [3, 0, 6], guidance=guidance, seed=2))
+  np.testing.assert_array_equal(made[0][0], made[1][0])
+  np.testing.assert_allclose(made[0][1], made[1][1], atol=1e-5)
+  assert made[0][1].shape == (3, 8, 8, 1)

@@ -97,6 +97,12 @@ def unembed(x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.einsum("btd,dv->btv", x, weight, preferred_element_type=jnp.float32)
 
 
+def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """log p of `tokens` int32 [batch, length] under float32 `logits` [batch, length, vocab], [batch, length]."""
+  picked = tokens[..., None] == jnp.arange(logits.shape[-1])  # not a gather: the vocabulary may be cut
+  return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
 def over_layers(f: Callable, x: Any, xs: Any, layer_loop: str) -> tuple[Any, Any]:
   """As `jax.lax.scan(f, x, xs)`; unrolled where `layer_loop` ("auto", "scan" or "unroll") says so, or for one layer."""
   layers = jax.tree.leaves(xs)[0].shape[0]

@@ -148,12 +148,6 @@ def loss(model: LlamaGen, batch: dict[str, jax.Array], key: jax.Array | None) ->
   return {"loss": Mean(total, jnp.sum(weights))}
 
 
-def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """log p of `tokens` int32 [batch, length] under float32 `logits` [batch, length, vocab], [batch, length]."""
-  picked = tokens[..., None] == jnp.arange(logits.shape[-1])  # not a gather: the vocabulary may be cut
-  return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-
 def _rows(batch: int, start, length: int) -> tuple[jax.Array, jax.Array]:
   """Segment ids and positions, [batch, length], of tokens from `start` on."""
   positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))

@@ -22,7 +22,6 @@ from research.kernels.dispatch import place
 from research.mesh import BATCH, HIDDEN, PARTITIONS, MeshConfig, Partition
 from research.metrics import Mean
 from research.models import decoder
-from research.models.llamagen import log_likelihood
 from research.models.vqvae import check_scales
 from research.nn.dropout import drop_labels, drop_path
 from research.nn.init import fan_in
@@ -319,8 +318,26 @@ class VAR(nnx.Module):
 def loss(model: VAR, batch: dict[str, jax.Array], key: jax.Array | None) -> dict[str, Mean]:
   """Cross-entropy of the image tokens in nats, a mean over all: batch has tokens, inputs and labels."""
   logits = model.logits(batch["inputs"], batch["labels"], key)
-  total = -jnp.sum(log_likelihood(logits, place(batch["tokens"], P(BATCH, None))))
+  total = -jnp.sum(decoder.log_likelihood(logits, place(batch["tokens"], P(BATCH, None))))
   return {"loss": Mean(total, jnp.asarray(batch["tokens"].size, jnp.float32))}
+
+
+def flops_per_token(cfg: VARConfig) -> dict[str, float]:
+  """Model FLOPs a token of one training step (forward x 3), by part, a mean over the tokens of an image.
+
+  Counts the matrix products only, as is usual for MFU, attention to the tokens that are seen, and what the class
+  is multiplied by once an image. No recomputation is counted.
+  """
+  seen = sum(n * n * sum(m * m for m in cfg.scales[: i + 1]) for i, n in enumerate(cfg.scales)) / cfg.tokens
+  modulations = (1 if cfg.shared_adaln else cfg.layers) * 6 + 2
+  forward = {
+    "attention projections": 2 * cfg.layers * 4 * cfg.width**2,
+    "attention scores": 2 * cfg.layers * 2 * cfg.width * seen,
+    "mlp": 2 * cfg.layers * 2 * cfg.width * cfg.mlp_width,
+    "modulation": 2 * modulations * cfg.width**2 / cfg.tokens,
+    "head": 2 * cfg.width * (cfg.vocab + cfg.code_width),
+  }
+  return {name: 3.0 * flops for name, flops in forward.items()}
 
 
 def _unit(x: jax.Array, policy: Policy) -> jax.Array:

@@ -11,7 +11,8 @@ import pytest
 from research.errors import UserError
 from research.fit import to_devices
 from research.models import convert, llamagen
-from research.models.llamagen import SIZES, LlamaGen, LlamaGenConfig, log_likelihood, official
+from research.models.decoder import log_likelihood
+from research.models.llamagen import SIZES, LlamaGen, LlamaGenConfig, official
 from research.nn import rope
 from research.nn.dropout import drop_labels, drop_path, dropout
 from tests import small

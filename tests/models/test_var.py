@@ -11,7 +11,7 @@ import pytest
 from research.errors import UserError
 from research.fit import to_devices
 from research.models import convert, var
-from research.models.llamagen import log_likelihood
+from research.models.decoder import log_likelihood
 from research.models.var import SIZES, VAR, VARConfig, official
 from tests import small
 from tests.models.images import check_gradients, check_traced_gradients, expected, load, manifest, traced
@@ -174,6 +174,21 @@ def test_scale_by_scale_gets_the_logits_of_the_whole_and_sees_no_finer_scale(sha
       changed = data["inputs"].copy()
       changed[:, 4] += 1  # the first cell of the third
       np.testing.assert_array_equal((np.abs(logits(changed) - whole) > 1e-6).any((0, 2)), np.arange(14) >= 5)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_flops_are_six_per_matrix_parameter_and_token_and_those_of_the_class_once_an_image(shared):
+  cfg = varied(shared_adaln=shared)
+  with small.use():
+    model = jax.eval_shape(lambda: VAR(jax.random.key(0), cfg))
+  held = {convert._name(path): x.size for path, x in jax.tree_util.tree_leaves_with_path(model)}
+  matrices = {name: n for name, n in held.items() if not name.endswith("bias")}
+  modulation = sum(n for name, n in matrices.items() if name.endswith("weight"))
+  used = ("attention.qkv", "attention.out", "mlp.up", "mlp.down", "head", "word")
+  flops = var.flops_per_token(cfg)
+  np.testing.assert_allclose(flops.pop("modulation"), 6 * modulation / 14)
+  assert flops.pop("attention scores") == 3 * cfg.layers * 2 * 2 * cfg.width * (1 * 1 + 4 * 5 + 9 * 14) / 14
+  assert sum(flops.values()) == 6 * sum(n for name, n in matrices.items() if name.endswith(used))
 
 
 @pytest.mark.parametrize(
