@@ -55,6 +55,9 @@ class Revival:
     check(0 <= self.decay < 1, "decay", self.decay, "must lie in [0, 1)")
 
 
+_REVIVAL = Revival()
+
+
 class Trained(nnx.Module):
   """A tokenizer, a discriminator of images [batch, ...] -> scores or None, and what training keeps of the codes.
 
@@ -131,13 +134,21 @@ def perceptual(made: Sequence[jax.Array], images: Sequence[jax.Array]) -> jax.Ar
   return sum(jnp.mean(jnp.sum(jnp.square(unit(a) - unit(b)), axis=-1)) for a, b in zip(made, images, strict=True))
 
 
-def train_step(exp: Experiment, cfg: Any, state: TrainState, batch: Mapping[str, jax.Array], revival=Revival()):
-  """`default_train_step` for a `Trained`, then the codes' usage; dead codes become vectors that were looked up.
+def train_step(
+  exp: Experiment,
+  cfg: Any,
+  state: TrainState,
+  batch: Mapping[str, jax.Array],
+  reference: Any = None,
+  *,
+  revival: Revival = _REVIVAL,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """An `Experiment.train_step` for a `Trained`: the default, then the codes' usage and the revival of dead codes.
 
-  Costs one pass of the encoder more. Metrics: the share of the codes that are alive, how many are
+  These become vectors that were looked up. Costs one pass of the encoder more. Metrics: the share of the codes that are alive, how many are
   revived, and for each scale the perplexity of its codes (the codebook's size where all are used alike).
   """
-  new, metrics = default_train_step(exp, cfg, state, batch)
+  new, metrics = default_train_step(exp, cfg, state, batch, reference)
   quantized = state.model.tokenizer.quantize(state.model.tokenizer.features(place(batch["images"], IMAGES)))
   key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
   model, told = revive(new.model, quantized, key, revival)

@@ -61,15 +61,15 @@ def test_the_loop_trains_the_multi_scale_tokenizer_with_every_term(devices, tmp_
     loss=functools.partial(tokenizer_training.loss, weights=weights, features=pools),
     data=lambda split: data.batches(Images(), 8, seed=0, train=split == "train"),
     tx=optax.adam(2e-3),
+    train_step=functools.partial(train_step, revival=Revival(threshold=0.5, decay=0.8)),
   )
   cfg = RunConfig(
     "none", steps=30, batch=8, length=2, log_every=1, eval_every=30, tx=OptimizerConfig(warmup=0),
     checkpoint=CheckpointConfig(every=30),
   )  # fmt: skip
   writer = writers.Writer(tmp_path, "main", 0, cfg.steps)
-  step = functools.partial(train_step, revival=Revival(threshold=0.5, decay=0.8))
   with small.use(MeshConfig(1, devices, 1), devices), Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
-    state = fit(exp, cfg, checkpoints, writer, train_step=step)
+    state = fit(exp, cfg, checkpoints, writer)
     writer.close()
     assert list(checkpoints.steps()) == [30]
   records = writers.read(tmp_path / "metrics.jsonl")
