@@ -145,8 +145,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """An `Experiment.train_step` for a `Trained`: the default, then the codes' usage and the revival of dead codes.
 
-  These become vectors that were looked up. Costs one pass of the encoder more. Metrics: the share of the codes that are alive, how many are
-  revived, and for each scale the perplexity of its codes (the codebook's size where all are used alike).
+  These become vectors that were looked up. Costs one pass of the encoder more. Metrics: the share of the codes that
+  are alive, how many are revived, and for each scale the perplexity of its codes (the codebook's size where all are
+  used alike).
   """
   new, metrics = default_train_step(exp, cfg, state, batch, reference)
   quantized = state.model.tokenizer.quantize(state.model.tokenizer.features(place(batch["images"], IMAGES)))

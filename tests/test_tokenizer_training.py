@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from research import data, tokenizer_training, writers
+from research import data, optim, tokenizer_training, writers
 from research.checkpoint import Checkpoints
 from research.config import CheckpointConfig, RunConfig
 from research.errors import UserError
-from research.fit import Experiment, fit, to_devices
-from research.mesh import MeshConfig
+from research.fit import Experiment, abstract_batch, abstract_state, fit, to_devices
+from research.mesh import MeshConfig, abstract_mesh
+from research.models import vq, vqvae
 from research.models.vq import VQ, VQConfig
 from research.models.vqvae import VQVAE, VQVAEConfig
 from research.nn.precision import POLICIES
@@ -82,6 +83,26 @@ def test_the_loop_trains_the_multi_scale_tokenizer_with_every_term(devices, tmp_
   assert all(0 < r["codebook_alive"] <= 1 for r in logged)
   assert 1 <= logged[-1]["codebook_perplexity_2"] <= CFG.vocab
   assert float(state.model.updates[...]) == 30
+
+
+@pytest.mark.parametrize("kind", ["VQ-16", "vae_ch160v4096z32"])
+def test_an_update_of_an_official_tokenizer_traces_on_an_abstract_pod(kind):
+  make, cfg = (VQ, vq.OFFICIAL[kind]) if kind in vq.OFFICIAL else (VQVAE, vqvae.OFFICIAL[kind])
+  exp = Experiment(
+    init=lambda key: Trained(make(key, cfg), PatchDiscriminator(key, POLICY)),
+    loss=tokenizer_training.loss,
+    data=lambda split: None,
+    tx=optim.make(OptimizerConfig(), 1000),
+    batch=lambda: {"images": jax.ShapeDtypeStruct((64, 256, 256, 3), np.float32)},
+  )
+  with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(2, 8, 1, "fsdp"), 16)):
+    state, batch = abstract_state(exp), abstract_batch(exp)
+    new, metrics = jax.eval_shape(functools.partial(train_step, exp, RunConfig("none")), state, batch)
+  specs = lambda state: [x.sharding.spec for x in jax.tree.leaves(state.model)]
+  assert specs(new) == specs(state)
+  scales = len(getattr(cfg, "scales", (1,)))
+  assert sum(name.startswith("codebook_perplexity_") for name in metrics) == scales
+  assert all(x.shape == () for x in jax.tree.leaves(metrics))
 
 
 def test_each_term_moves_its_own_part_only():

@@ -145,7 +145,7 @@ class Attention(nnx.Module):
     if self.scale is None:
       q = q * (0.25 * q.shape[-1] ** -0.5)
     else:
-      scale = jnp.exp(jnp.minimum(policy.weight(self.scale[...]).astype(policy.reduce), math.log(100)))
+      scale = jnp.exp(jnp.minimum(self.scale[...].astype(policy.reduce), math.log(100)))
       q, k = (_unit(q, policy) * scale[:, None]).astype(v.dtype), _unit(k, policy).astype(v.dtype)
     if past is not None:
       k, v = (place(jnp.concatenate(z, axis=1), HEADS) for z in zip(past, (k, v), strict=True))
