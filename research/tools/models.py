@@ -49,8 +49,10 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
     return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, lambda: (tokenizer().eod,))
   check(args.run is None, "run", args.run, "goes with --workdir")
   check(not overrides, "config", overrides[0] if overrides else "", "goes with --workdir")
-  cfg, model = convert.load(args.weights)
-  said = convert.read(args.weights).config
+  weights = convert.read(args.weights)
+  said, family = weights.config, weights.family
+  check(not family.images, "weights", args.weights, f"is a {family.name}: it knows images, and this tool works on text")
+  cfg, model = convert.load(weights)
   bos = said.get("bos_token_id")
   length = int(said.get("max_position_embeddings") or 2048)
   name = pathlib.Path(args.weights).resolve().name

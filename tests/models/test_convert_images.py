@@ -1,5 +1,6 @@
 """Released models of images come in from every file they were saved in, go out as they came, or are refused whole."""
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from research.errors import UserError
 from research.models import convert
+from research.tools import models
 from tests import small
 from tests.models.images import GOLDENS
 
@@ -80,6 +82,13 @@ def test_a_released_file_comes_back_from_its_export(case, tmp_path):
     if key not in STATISTICS:
       assert x.dtype == before[key].dtype
       np.testing.assert_array_equal(x, before[key], err_msg=key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tools_for_text_refuse_a_model_of_images(case):
+  args = argparse.Namespace(workdir=None, run=None, weights=str(GOLDENS / case), tokenizer=None)
+  with pytest.raises(UserError, match=f"is a {CASES[case]}: it knows images, and this tool works on text"):
+    models.open_model(args, [])
 
 
 @pytest.mark.parametrize("case", ["llamagen_gpt_gqa", "var_l2norm", "llamagen_vq"])

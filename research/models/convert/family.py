@@ -76,6 +76,7 @@ class Family:
   buffers: Config -> {key: values} of tensors that are no parameters: passed over, and written for
     code that asks for them.
   ignores: ends of further keys that are passed over.
+  images: whether it knows images, and no text.
   """
 
   name: str
@@ -89,6 +90,7 @@ class Family:
   infer: Callable[[Mapping[str, Stored]], dict[str, Any]] = lambda stored: {}
   buffers: Callable[[Any], dict[str, np.ndarray]] = lambda cfg: {}
   ignores: tuple[str, ...] = ()
+  images: bool = False
 
 
 def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

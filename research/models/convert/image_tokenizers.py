@@ -193,6 +193,7 @@ VQ_FAMILY = Family(
   writes=lambda model: isinstance(model, VQ),
   describe=lambda cfg: {"model_type": "llamagen_vq", **_describe(cfg), "codebook_l2_norm": cfg.l2_norm},
   Config=VQConfig,
+  images=True,
   infer=lambda stored: _infer(_LLAMAGEN, stored),
   buffers=lambda cfg: {"quantize.codebook_used": np.zeros(65536, np.float32)},  # statistics of its training
 )
@@ -214,6 +215,7 @@ VQVAE_FAMILY = Family(
     "quant_resi": cfg.phi_ratio,
   },
   Config=VQVAEConfig,
+  images=True,
   infer=lambda stored: _infer(_VAR, stored),
   buffers=lambda cfg: {"quantize.ema_vocab_hit_SV": np.zeros((len(cfg.scales), cfg.vocab), np.float32)},
 )

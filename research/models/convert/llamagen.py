@@ -132,5 +132,6 @@ FAMILY = Family(
   describe=describe,
   Config=LlamaGenConfig,
   infer=infer,
+  images=True,
   ignores=("freqs_cis", ".kv_cache.k_cache", ".kv_cache.v_cache"),
 )

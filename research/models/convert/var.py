@@ -152,5 +152,6 @@ FAMILY = Family(
   describe=describe,
   Config=VARConfig,
   infer=infer,
+  images=True,
   buffers=buffers,
 )
