@@ -104,7 +104,7 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   def batch():
     size, n = cfg.batch, cfg.length
     shapes = {"preferences": (size, n, n), "log_reference": (size, n), "log_equilibrium": (size, n)}
-    like = jnp.zeros(()).dtype
+    like = jax.dtypes.canonicalize_dtype(np.float64)
     found = {name: jax.ShapeDtypeStruct(shape, like) for name, shape in shapes.items()}
     return found | {"game": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
