@@ -154,7 +154,7 @@ def make(cfg: RunConfig, bandit: BanditConfig) -> Experiment:
     return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
 
   def batch():
-    like = jnp.zeros(()).dtype
+    like = jax.dtypes.canonicalize_dtype(np.float64)
     shape = (cfg.batch, bandit.responses)
     return {"rewards": jax.ShapeDtypeStruct(shape, like), "run": jax.ShapeDtypeStruct(shape[:1], jnp.int32)}
 
