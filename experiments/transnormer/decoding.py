@@ -47,10 +47,10 @@ def size(model: Decoder, context: int) -> int:
 
 
 class Decoding:
-  """Greedy decoding after `context` tokens, compiled; a call makes `tokens` more and returns seconds a token."""
+  """Greedy decoding after `context` tokens; a call makes `tokens` more with a model and returns seconds a token."""
 
-  def __init__(self, model: Decoder, context: int, tokens: int):
-    self.model, self.context, self.tokens = model, context, tokens
+  def __init__(self, context: int, tokens: int):
+    self.tokens = tokens
     self.fill = jax.jit(lambda model: after(model, context, tokens))
 
     def run(model, cache):
@@ -63,9 +63,9 @@ class Decoding:
 
     self.run = jax.jit(run, donate_argnums=1)
 
-  def __call__(self) -> float:
-    cache = jax.block_until_ready(self.fill(self.model))
+  def __call__(self, model: Decoder) -> float:
+    cache = jax.block_until_ready(self.fill(model))
     clock = time.process_time if platform() == "cpu" else time.perf_counter
     start = clock()
-    jax.block_until_ready(self.run(self.model, cache))
+    jax.block_until_ready(self.run(model, cache))
     return (clock() - start) / self.tokens

@@ -60,7 +60,7 @@ def test_a_filled_cache_is_as_a_prefills(name):
 def test_what_is_timed_is_greedy_decoding():
   with small.use():
     model = MODELS["transnormer"]()
-    program = decoding.Decoding(model, 1, 6)  # of this one nothing is filled in: the one token before is real
+    program = decoding.Decoding(1, 6)  # of this one nothing is filled in: the one token before is real
     made, _ = program.run(model, program.fill(model))
     expected = generate(model, [[1, 0]], tokens=5, sampling=Sampling(temperature=0))
   assert np.ravel(made).tolist() == [0, *expected[0]]

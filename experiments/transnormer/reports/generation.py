@@ -1,9 +1,9 @@
 """What a token costs to generate, against the length of the text before it."""
 
-import statistics
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.transnormer import decoding
 from experiments.transnormer.reports.common import label
@@ -13,71 +13,57 @@ from research.config import RunConfig
 from research.kernels.dispatch import platform
 
 CONTEXTS = (1, 4, 16, 64, 256)  # rows' lengths
-TOKENS, TURNS = 8, 5
+TOKENS, TURNS = 8, 3
 
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
-  """Milliseconds a token and megabytes of the cache of every arm, whose first seed is timed."""
-  by_arm = {arm: [] for arm, _ in config.expand(cfg)}
+  """Milliseconds a token and megabytes of the cache, of every arm and seed."""
+  contexts = [n * cfg.length for n in CONTEXTS]
   with runs.mesh():
-    models = {arm: runs.load(workdir, f"{arm}-{cfg.seed}")[1] for arm in by_arm}
-    for context in [n * cfg.length for n in CONTEXTS]:
-      for arm, found in measure(models, context).items():
-        by_arm[arm].append(found)
-  parameters = {arm: sum(x.size for x in jax.tree.leaves(model)) for arm, model in models.items()}
-  timing = {
-    "rows": decoding.ROWS,
-    "tokens_a_turn": TOKENS,
-    "turns": TURNS,
-    "clock": "processor" if platform() == "cpu" else "wall",
+    models = {(arm, one.seed): runs.load(workdir, f"{arm}-{one.seed}")[1] for arm, one in config.expand(cfg)}
+    measured = [measure(models, context) for context in contexts]
+    arms = list(dict.fromkeys(arm for arm, _ in models))
+    first = {arm: models[arm, cfg.seed] for arm in arms}
+    megabytes = {arm: [decoding.size(model, n) / 1e6 for n in contexts] for arm, model in first.items()}
+  parameters = {arm: sum(x.size for x in jax.tree.leaves(model)) for arm, model in first.items()}
+  ms = {arm: {seed: [at[arm, seed] for at in measured] for seed in cfg.seeds} for arm in arms}
+  on_cpu = platform() == "cpu"
+  results = {
+    "timing": {"rows": decoding.ROWS, "tokens": TOKENS, "turns": TURNS, "clock": "processor" if on_cpu else "wall"},
+    "tokens_before": contexts,
+    "arms": {a: {"parameters": parameters[a], "milliseconds": ms[a], "megabytes": megabytes[a]} for a in arms},
   }
-  parts.write_results(workdir, {"parameters": parameters, "timing": timing, "arms": by_arm})
+  parts.write_results(workdir, results)
 
   fig, axes = parts.figure(2)
-  panels = (
-    ("ms", "processor time, ms a token" if platform() == "cpu" else "ms a token", "Time of a token"),
-    ("megabytes", "MB", "Memory of the cache"),
-  )
-  for ax, (name, unit, title) in zip(axes, panels, strict=True):
-    for i, (arm, found) in enumerate(by_arm.items()):
-      ax.plot([f["context"] for f in found], [f[name] for f in found], label=label(arm), **parts.style(i))
+  time = {arm: {seed: list(zip(contexts, y, strict=True)) for seed, y in seeds.items()} for arm, seeds in ms.items()}
+  parts.draw(axes[0], time, label)
+  parts.draw(axes[1], {arm: {0: list(zip(contexts, y, strict=True))} for arm, y in megabytes.items()}, label)
+  axes[0].set(title="Time of a token", ylabel="processor time, ms a token" if on_cpu else "ms a token")
+  axes[1].set(title="Memory of the cache", ylabel="MB")
+  for ax in axes:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    at = [n * cfg.length for n in CONTEXTS]
-    ax.set_xticks(at, [_short(n) for n in at])
-    ax.set(xlabel="tokens before it", ylabel=unit, title=title)
+    ax.set_xticks(contexts, [f"{n // 1024}k" if n >= 1024 else str(n) for n in contexts])
+    ax.set(xlabel="tokens before it")
   axes[0].legend(frameon=False)
   sizes = " and ".join(f"{n / 1e6:.2f}M" for n in parameters.values())
-  told = f"the least of {TURNS} turns of {TOKENS} tokens"
-  fig.suptitle(f"Decoding {decoding.ROWS} row, {sizes} parameters, {jax.devices()[0].device_kind}: {told}", fontsize=10)
+  fig.suptitle(f"Decoding {decoding.ROWS} row, {sizes} parameters: {parts.over_seeds(time)}", fontsize=10)
   rows = [
-    [label(arm), f"{f['context']:,}", f"{f['ms']:.2f}", f"{1e3 / f['ms']:,.1f}", f"{f['megabytes']:,.2f}"]
-    for arm, found in by_arm.items()
-    for f in found
+    [label(arm), f"{context:,}", parts.spread([y[i] for y in ms[arm].values()]), f"{megabytes[arm][i]:,.2f}"]
+    for arm in arms
+    for i, context in enumerate(contexts)
   ]
-  header = ["arm", "tokens before it", "ms a token", "tokens/s", "MB of cache"]
-  parts.finish(workdir, fig, "generation.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "generation.png", parts.table(["arm", "tokens before it", "ms a token", "MB"], rows))
 
 
-def measure(models: dict[str, Any], context: int) -> dict[str, dict[str, float]]:
-  """{arm: its numbers after `context` tokens}. The arms take turns: noise of the machine meets all."""
-  programs = {arm: decoding.Decoding(model, context, TOKENS) for arm, model in models.items()}
-  seconds = {arm: [] for arm in programs}
-  for turn in range(1 + TURNS):
-    for arm, program in programs.items():
-      took = program()
-      if turn:  # the first compiles
-        seconds[arm].append(took)
-  return {
-    arm: {
-      "context": context,
-      "ms": 1e3 * min(seconds[arm]),  # what else runs on the machine only adds
-      "median_ms": 1e3 * statistics.median(seconds[arm]),
-      "megabytes": decoding.size(model, context) / 1e6,
-    }
-    for arm, model in models.items()
-  }
-
-
-def _short(n: int) -> str:
-  return f"{n // 1024}k" if n >= 1024 else str(n)
+def measure(models: dict[Any, Any], context: int) -> dict[Any, float]:
+  """{name: milliseconds a token after `context` tokens}, the least of the turns that the models take."""
+  program, seconds = decoding.Decoding(context, TOKENS), {}
+  for name, model in models.items():
+    program(model)  # compiles
+    seconds[name] = np.inf
+  for _ in range(TURNS):
+    for name, model in models.items():  # in turn: noise of the machine meets all, and only adds
+      seconds[name] = min(seconds[name], program(model))
+  return {name: 1e3 * s for name, s in seconds.items()}
