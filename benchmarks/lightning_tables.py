@@ -100,12 +100,12 @@ def crossover(rows) -> str:
 
 
 def schedules() -> str:
-  """Of every case and kernel, the static time on each generation, by the newest libtpu that was asked."""
+  """Of every case and kernel, the static time on each generation, by the libtpu that was asked for most of them."""
   path = README.with_name("schedules.json")
   if not path.exists():
     return f"Not taken yet: `{COMMANDS['schedules']}`"
   every = json.loads(path.read_text())
-  version = max(every, key=lambda v: tuple(map(int, re.findall(r"\d+", v))))
+  version = max(every, key=lambda v: (sum(map(len, every[v].values())), v))
   cells: dict[tuple[str, str], dict[str, str]] = {}
   for generation, by_case in every[version].items():
     for case, by_program in by_case.items():

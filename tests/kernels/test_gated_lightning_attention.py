@@ -1,6 +1,7 @@
 """The layer around linear attention: the TPU's one kernel a direction is the float64 composition of its parts."""
 
 import functools
+import re
 
 import jax
 from jax import numpy as jnp
@@ -13,6 +14,7 @@ from research.kernels.lightning_attention import features, pallas_tpu_gated, ref
 from research.kernels.lightning_attention.features import activate, phases
 from research.kernels.lightning_attention.gated import gated_lightning_attention
 from research.mesh import MeshConfig, make_mesh
+from tests.kernels.test_lightning_attention import OF_V5E
 
 
 def operands(batch, length, heads, d, parts=4, phased=False, segments=True, dtype=np.float32, seed=0):
@@ -190,3 +192,34 @@ def test_bad_input_names_the_argument(field, change):
   with pytest.raises(UserError) as told:
     gated_lightning_attention(**{"qkvu": FUSED, "decay": DECAY} | change)
   assert told.value.field == field
+
+
+def of_v5e(heads, d, phased):
+  """The lowered call on two v5e chips that share the heads out, as text."""
+  x = jax.ShapeDtypeStruct((2, 256, heads, 4, d), jnp.bfloat16)
+  theta = jax.ShapeDtypeStruct((heads, d), jnp.float32) if phased else None
+  positions = jax.ShapeDtypeStruct((2, 256), jnp.int32) if phased else None
+  decay = np.full(heads, 0.9, np.float32)
+  call = lambda x, theta, positions: gated_lightning_attention(x, decay, theta=theta, positions=positions)
+  with jax.sharding.use_abstract_mesh(OF_V5E):
+    return str(jax.make_jaxpr(call)(x, theta, positions))
+
+
+@pytest.mark.parametrize(
+  ("heads", "d", "phased", "kernel"),
+  [
+    (8, 128, True, "gated_lightning_attention_fwd"),
+    (8, 256, True, "lightning_attention_fwd"),  # too tall with phases: the parts, and the plain kernel among them
+    (10, 100, False, "gated_lightning_attention_fwd"),  # five heads a chip are few
+    (80, 100, False, None),
+  ],
+)
+def test_what_the_fused_kernel_cannot_take_goes_to_the_plain_one_where_that_can(heads, d, phased, kernel):
+  names = set(re.findall(r"\w*lightning_attention_fwd", of_v5e(heads, d, phased)))
+  assert names == ({kernel} if kernel else set())
+
+
+def test_blocks_are_no_longer_than_the_row_needs():
+  x = lambda length: jax.ShapeDtypeStruct((1, length, 8, 4, 128), jnp.bfloat16)
+  block = lambda length: pallas_tpu_gated._shape(x(length), None, None, "silu", pallas_tpu_gated.BLOCK).block
+  assert [block(n) for n in (1, 128, 200, 1100)] == [128, 128, 256, 640]

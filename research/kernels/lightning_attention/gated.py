@@ -1,5 +1,6 @@
 """Gated linear attention as a layer has it: from its projection's output to what its next projection takes."""
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from research.errors import check
 from research.kernels import dispatch
 from research.kernels.attention.api import HEADS
-from research.kernels.lightning_attention import context_parallel, pallas_gpu, pallas_tpu_gated
-from research.kernels.lightning_attention.api import IMPLEMENTATIONS, STATE, check_call, lightning_attention
+from research.kernels.lightning_attention import context_parallel, pallas_tpu_gated
+from research.kernels.lightning_attention.api import STATE, check_call, lightning_attention
 from research.kernels.lightning_attention.features import ACTIVATIONS, activate, phases
 from research.mesh import BATCH, TOKENS
 
@@ -26,7 +27,7 @@ def gated_lightning_attention(
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   initial_state: jax.Array | None = None,
-  implementation: str | None = None,
+  implementation: str | Callable | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """o * u with o = lightning_attention(phases(act(q)), phases(act(k)), v), and what a norm of o needs to know.
 
@@ -41,8 +42,9 @@ def gated_lightning_attention(
     activation: of queries and keys, one of `features.ACTIVATIONS`; in float32, rounded to qkvu's dtype.
     theta: [heads, d], radians a position of `features.phases`, after the activation; None: no phases.
     positions: int32 [batch, length], for theta.
-    segment_ids, implementation: as for `lightning_attention`. Given a function, or a qkvu cut along its length, the
-      parts are computed one after the other.
+    segment_ids, implementation: as for `lightning_attention`. One kernel does it all on TPUs; elsewhere, for another
+      implementation by name or function, for shapes it does not take and for a qkvu cut along its length, the parts are
+      computed one after the other. Its phases are as exact as their float32 angles up to 10^5 radians.
     initial_state: float32 [batch, heads, d, or 2 d with theta, d].
 
   Returns:
@@ -54,18 +56,11 @@ def gated_lightning_attention(
   """
   _check(qkvu, decay, activation, theta, positions, segment_ids, initial_state)
   theta = dispatch.place(theta, P("model", None))
-  where = context_parallel.layout(qkvu)
-  if callable(implementation) or context_parallel.parts(where.length) > 1:
+  cut = context_parallel.parts(context_parallel.layout(qkvu).length) > 1
+  if implementation not in (None, "pallas_tpu") or cut or pallas_tpu_gated.obstacle(qkvu, theta) is not None:
     return _composed(qkvu, decay, activation, theta, positions, segment_ids, initial_state, implementation)
   qkvu = dispatch.place(qkvu, FUSED)
   segment_ids, positions = dispatch.place(segment_ids, TOKENS), dispatch.place(positions, TOKENS)
-  obstacles = {
-    "pallas_tpu": pallas_tpu_gated.obstacle(qkvu, theta),
-    "pallas_gpu": pallas_gpu.obstacle(*_wide(qkvu, theta)),
-  }
-  chosen = dispatch.choose(implementation, obstacles | dict.fromkeys(n for n in IMPLEMENTATIONS if n not in obstacles))
-  if chosen != "pallas_tpu":
-    return _composed(qkvu, decay, activation, theta, positions, segment_ids, initial_state, chosen)
   decay, initial_state = dispatch.place(jnp.asarray(decay), P("model")), dispatch.place(initial_state, STATE)
   if theta is not None:
     # a row each: what is differentiated must be cut along every axis of the mesh
@@ -108,7 +103,7 @@ def _check(qkvu, decay, activation, theta, positions, segment_ids, initial_state
   batch, length, heads, _, d = qkvu.shape
   if theta is not None:
     check(theta.shape == (heads, d), "theta", theta.shape, f"use [heads, d] = ({heads}, {d})")
-    known = positions is not None and positions.shape == (batch, length)
+    known = positions is not None and positions.shape == (batch, length) and positions.dtype == jnp.int32
     check(known, "positions", getattr(positions, "shape", None), f"theta needs them; use int32 {(batch, length)}")
   q, v = _wide(qkvu, theta)
   check_call(q, q, v, decay, segment_ids, initial_state)

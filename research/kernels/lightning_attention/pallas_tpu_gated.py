@@ -38,7 +38,9 @@ def obstacle(qkvu, theta) -> str | None:
   most = 256 if theta is None else 128
   if qkvu.shape[-1] > most:
     return f"the TPU kernel takes head dimensions up to {most}{'' if most == 256 else ' with phases'}"
-  shape = _shape(qkvu, theta, None, "none", BLOCK)
+  batch, length, heads, *rest = qkvu.shape
+  local = jax.ShapeDtypeStruct((batch, length, heads // dispatch.axis_size("model"), *rest), qkvu.dtype)
+  shape = _shape(local, theta, None, "none", BLOCK)
   if _bytes_a_token(shape, qkvu.dtype) * LANES > BUFFERS:
     return f"the TPU kernel cannot hold {shape.group} heads of {shape.d} together, which fill whole lanes"
   return None
@@ -123,7 +125,8 @@ def _shape(x, theta, runs, activation, block) -> _Shape:
   room = BUFFERS // 2 if x.dtype == jnp.float32 else BUFFERS  # its products spill more
   while block > LANES and block * _bytes_a_token(s, x.dtype) > room:
     block //= 2
-  return s._replace(block=block)
+  blocks = pl.cdiv(length, block)  # of one size, as far as lanes allow
+  return s._replace(block=LANES * pl.cdiv(length, LANES * blocks))
 
 
 def _bytes_a_token(s: _Shape, dtype) -> int:
