@@ -130,7 +130,6 @@ _TINY = {
   "accumulate": 2,
   "log_every": 2,
   "eval_every": 3,
-  "eval_batches": 1,
   "checkpoint.every": 3,
   "tx.warmup": 2,
   "model.layers": 2,
@@ -153,6 +152,7 @@ def shrink(cfg: ConfigDict) -> ConfigDict:
       group = flat["model.heads"] // max(flat["model.kv_heads"], 1)
       cfg.model.kv_heads = max(heads // max(group, 1), 1)
     cfg.model.update(heads=heads, head_dim=16, width=16 * heads)
+  cfg.eval_batches = 1  # 0 would be the whole split
   cfg.mesh = as_configdict(MeshConfig(partition=cfg.mesh.partition))
   cfg.seeds = tuple(cfg.seeds)[:2]
   return cfg

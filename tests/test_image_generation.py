@@ -123,7 +123,7 @@ def test_a_grid_of_images_is_a_picture_with_every_image_in_its_place(tmp_path):
     np.testing.assert_allclose(picture[10 * row + 3, 14 * column + 5], i / 4, atol=1 / 255)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0])
+@pytest.mark.parametrize("guidance", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_var_draws_on_four_devices_what_it_draws_on_one(guidance):
   sizes = {"vocab": 16, "code_width": 4, "scales": (1, 2, 4)}
   book = VQVAEConfig(**sizes, latent=4, channels=32, mult=(1, 1), blocks=1, image_channels=1)

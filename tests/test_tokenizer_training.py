@@ -85,7 +85,7 @@ def test_the_loop_trains_the_multi_scale_tokenizer_with_every_term(devices, tmp_
   assert float(state.model.updates[...]) == 30
 
 
-@pytest.mark.parametrize("kind", ["VQ-16", "vae_ch160v4096z32"])
+@pytest.mark.parametrize("kind", ["VQ-16", pytest.param("vae_ch160v4096z32", marks=pytest.mark.slow)])
 def test_an_update_of_an_official_tokenizer_traces_on_an_abstract_pod(kind):
   make, cfg = (VQ, vq.OFFICIAL[kind]) if kind in vq.OFFICIAL else (VQVAE, vqvae.OFFICIAL[kind])
   exp = Experiment(
@@ -105,6 +105,7 @@ def test_an_update_of_an_official_tokenizer_traces_on_an_abstract_pod(kind):
   assert all(x.shape == () for x in jax.tree.leaves(metrics))
 
 
+@pytest.mark.slow
 def test_each_term_moves_its_own_part_only():
   images = {"images": np.stack([Images()[i]["images"] for i in range(4)])}
   weights = TokenizerLoss(adversarial=0.5, adversarial_from=1)

@@ -150,7 +150,9 @@ def make(cfg: RunConfig, toy: ToyConfig) -> Experiment:
     data=data,
     batch=lambda: {"weights": jax.ShapeDtypeStruct((cfg.batch,), jnp.float32)},
     tx=optim.make(cfg.tx, cfg.steps),
-    evals={"": functools.partial(_measured, world)},
+    evals={"toy": functools.partial(_measured, world)},
+    # of each class against each other, for each image
+    flops_per_token={"pairs": 10.0 * toy.classes**2 * toy.images},
     info=lambda: {"source": "toy", "classes": toy.classes, "images": toy.images},
   )
 

@@ -43,7 +43,7 @@ def worker(tmp_path):
 
 
 def until(path: pathlib.Path, text: str) -> None:
-  for _ in range(400):
+  for _ in range(1500):
     if path.exists() and text in path.read_text():
       return
     time.sleep(0.02)

@@ -83,6 +83,7 @@ def test_an_exported_run_says_what_the_run_says(text, call):
   assert "bits_per_byte" in told
 
 
+@pytest.mark.slow
 def test_a_model_of_linear_attention_is_asked_measured_and_published_too(tmp_path, call):
   run, out, greedy = tmp_path / "run", tmp_path / "published", ["--prompt=import", "--tokens=8", "--temperature=0"]
   command = [sys.executable, "-m", "experiments.transnormer", "--config=experiments/transnormer/configs/main.py:tiny"]

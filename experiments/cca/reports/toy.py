@@ -13,7 +13,7 @@ MEASURES = ("kl", "scale", "kl_scale", "fidelity", "entropy")
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Distance to each arm's own target, the guidance that its model is most like, and what it gives up for fidelity."""
-  ended = {measure: parts.final(parts.curves(workdir, measure)) for measure in MEASURES}
+  ended = {measure: parts.final(parts.curves(workdir, f"toy/{measure}")) for measure in MEASURES}
   arms = {
     arm: {m: {seed: ended[m][arm][seed] for seed in seeds} for m in MEASURES} for arm, seeds in ended["kl"].items()
   }

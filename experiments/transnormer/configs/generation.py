@@ -18,7 +18,7 @@ def get_config(arg=None):
   arg = config.parse_arg(arg)
   c = config.defaults(Config)
   c.report = "generation"
-  c.steps, c.batch, c.length = 10, 2, 1024
+  c.steps, c.batch, c.length = 10, 8, 1024
   c.seeds = (0, 1, 2)
   c.arms = (("transformer", "architecture=transformer"), ("transnormer", "architecture=transnormer"))
   c.model.update(vocab=256, width=192, layers=4, heads=4, head_dim=48, glu_width=512, precision="float32")
