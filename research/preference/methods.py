@@ -6,7 +6,6 @@ are made inside the program of the update, without the host. For the same in a f
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -14,7 +13,7 @@ from jax import numpy as jnp
 from research.generation import Sampling
 from research.metrics import Mean
 from research.models.decoder import Decoder
-from research.preference import losses, updates
+from research.preference import losses
 from research.preference.losses import log_prob, over_rows
 from research.preference.oracles import Oracle
 from research.preference.samplers import GeometricMixture, Policy, Reference, Responses, Sampler, draw, token_log_probs
@@ -45,20 +44,20 @@ class Method:
 
 
 # EGPO's stand-in for uniform responses: flatter, and cut to ids that are not absurd.
-_FLAT = Policy(Sampling(temperature=2.0, top_k=10))
+FLAT = Policy(Sampling(temperature=2.0, top_k=10))
 
 METHODS: dict[str, Method] = {
-  "online_ipo_uniform": Method(losses.ipo_against, _FLAT, _FLAT, Policy()),
+  "online_ipo_uniform": Method(losses.ipo_against, FLAT, FLAT, Policy()),
   "online_ipo_policy": Method(losses.ipo),
   "ipo_md": Method(losses.ipo, GeometricMixture(), GeometricMixture()),
-  "nash_md": Method(losses.ipo_against, _FLAT, _FLAT, GeometricMixture()),
+  "nash_md": Method(losses.ipo_against, FLAT, FLAT, GeometricMixture()),
   "nash_md_pg": Method(losses.nash_md, Policy(), None, GeometricMixture()),
-  "egpo": Method(losses.ipo_against, _FLAT, _FLAT, Policy(), update="extragradient"),
-  "optimistic": Method(losses.ipo_against, _FLAT, _FLAT, Policy(), update="optimistic"),
+  "egpo": Method(losses.ipo_against, FLAT, FLAT, Policy(), update="extragradient"),
+  "optimistic": Method(losses.ipo_against, FLAT, FLAT, Policy(), update="optimistic"),
   "online_dpo": Method(losses.dpo),
-  # On the last pairs only; to add those before, hand `scored` a batch that holds them.
+  # On the last pairs only; `online` adds those before by its `memory`.
   "xpo": Method(losses.xpo, y2=Reference()),
-  # The reference is to be the last iteration's policy.
+  # The reference is to be the last iteration's policy: `online` moves it by its `refresh`.
   "sppo": Method(losses.sppo, opponent=Policy()),
 }
 
@@ -129,33 +128,3 @@ def loss(
     means["log_prob_preferred"] = jnp.where(p >= 0.5, totals[:, 0], totals[:, 1])
     means["log_prob_other"] = jnp.where(p >= 0.5, totals[:, 1], totals[:, 0])
   return {name: over_rows(x, weights) for name, x in means.items()}
-
-
-def update(
-  method: Method,
-  oracle: Oracle,
-  tx: Any,
-  policy: Decoder,
-  opt: Any,
-  reference: Decoder,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
-  *,
-  b: float,
-  tokens: int,
-  stop: tuple[int, ...] = (),
-  hard: bool = False,
-  **options,
-) -> tuple[Decoder, Any, dict[str, Mean]]:
-  """(policy, opt, means of `loss`) after one update on prompts: rollout, preferences, gradient, step. Traceable.
-
-  The opponent that an update brings writes all responses that the policy would, as in EGPO's public code; the
-  reference log-probabilities are `reference`'s, which gets no gradient. tx for "optimistic": `updates.remembering`.
-  """
-
-  def objective(policy, opponent, key):
-    made = rollout(method, oracle, opponent, reference, batch, key, tokens=tokens, stop=stop, hard=hard)
-    made["reference"] = scored(reference, made)
-    return loss(method, policy, jax.lax.stop_gradient(made), b=b, **options)
-
-  return updates.UPDATES[method.update](updates.averaged(objective), tx, policy, opt, key)
