@@ -16,7 +16,17 @@ from research.models.decoder import Decoder
 from research.preference import losses
 from research.preference.losses import log_prob, over_rows
 from research.preference.oracles import Oracle
-from research.preference.samplers import GeometricMixture, Policy, Reference, Responses, Sampler, draw, token_log_probs
+from research.preference.samplers import (
+  GeometricMixture,
+  Policy,
+  Reference,
+  Responses,
+  Sampler,
+  draw,
+  repeated_rows,
+  reshaped_rows,
+  token_log_probs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +91,22 @@ def rollout(
   Returns `batch` with responses int32 and mask float32 [batch, responses, tokens], and preference.
   """
   keys = jax.random.split(key, 4)
-  make = lambda sampler, key: draw(
-    sampler, policy, reference, batch["prompts"], batch["lengths"], key, tokens=tokens, stop=stop
-  )
-  made = [make(sampler, key) for sampler, key in zip((method.y, method.y2), keys, strict=False) if sampler is not None]
+
+  def make(sampler, key, count=1):
+    prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
+    drawn = draw(sampler, policy, reference, prompts, lengths, key, tokens=tokens, stop=stop)
+    apart = jax.tree.map(lambda x: reshaped_rows(x, len(x) // count, count, tokens), drawn)
+    return [Responses(apart.tokens[:, i], apart.mask[:, i]) for i in range(count)]
+
+  if method.y == method.y2:
+    made = make(method.y, keys[0], 2)  # at once: half the program, and larger batches
+  else:
+    samplers = [s for s in (method.y, method.y2) if s is not None]
+    made = [y for s, key in zip(samplers, keys, strict=False) for y in make(s, key)]
   if method.opponent is None:
     preference = oracle.prob(batch, *made)
   else:
-    opponent = make(method.opponent, keys[2])
+    [opponent] = make(method.opponent, keys[2])
     preference = jnp.stack([oracle.prob(batch, y, opponent) for y in made], axis=1)
     preference = preference if method.y2 is not None else preference[:, 0]
   if hard:
@@ -99,11 +117,10 @@ def rollout(
 
 def scored(model: Decoder, batch: dict[str, jax.Array]) -> jax.Array:
   """float32 [batch, responses, tokens]: the log-probabilities of a rollout's responses under `model`."""
-  one = lambda i: Responses(batch["responses"][:, i], batch["mask"][:, i])
-  each = [
-    token_log_probs(model, batch["prompts"], batch["lengths"], one(i)) for i in range(batch["responses"].shape[1])
-  ]
-  return jnp.stack(each, axis=1)
+  size, count, length = batch["responses"].shape
+  prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
+  flat = Responses(*(reshaped_rows(batch[name], size * count, length) for name in ("responses", "mask")))
+  return reshaped_rows(token_log_probs(model, prompts, lengths, flat), size, count, length)
 
 
 def loss(
