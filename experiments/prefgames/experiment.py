@@ -9,6 +9,7 @@ from experiments.prefgames.sequence import SequenceConfig
 from experiments.prefgames.tables import TableConfig
 from research.config import RunConfig
 from research.fit import Experiment
+from research.models.transformer import TransformerConfig
 
 TASKS = {"table": tables.make, "bandit": bandit.make, "sequence": sequence.make}
 
@@ -26,6 +27,8 @@ class Config(RunConfig):
   table: TableConfig = TableConfig()
   bandit: BanditConfig = BanditConfig()
   sequence: SequenceConfig = SequenceConfig()
+  # of the tasks that train language models
+  model: TransformerConfig = TransformerConfig()
 
 
 def build(cfg: Config) -> Experiment:

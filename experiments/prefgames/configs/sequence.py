@@ -41,10 +41,11 @@ def get_config(arg=None):
   c.task, c.report, c.x64 = "sequence", "strings", False
   c.steps, c.batch, c.length, c.seeds = 40, 128, 3, (0, 1, 2, 3, 4)
   c.eval_every, c.log_every = 2, 10
-  c.tx.update(lr=3e-3, warmup=0, weight_decay=0.0, schedule="cosine")
+  c.model.update(vocab=4, width=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp_width=64, precision="float32")
+  c.tx.update(lr=2e-3, warmup=0, weight_decay=0.0, schedule="cosine")
   c.sequence.cyclic = arg.cyclic
   c.sequence.online.update(b=c.sequence.b, pairs="uniform", top_k=2)
-  c.arms = tuple((arm, *overrides(arm, 8 if arg.tiny else QUERIES)) for arm in ARMS)
+  c.arms = tuple((arm, *overrides(arm, 8 if arg.tiny else QUERIES)) for arm in (ARMS[:2] if arg.tiny else ARMS))
   return config.shrink(c) if arg.tiny else c
 
 
