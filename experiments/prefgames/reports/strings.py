@@ -22,21 +22,21 @@ REFERENCE = "reference"
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Three panels: gaps against queries and against updates, and the matrix of win rates."""
-  gaps, kls = parts.curves(workdir, "gap"), parts.curves(workdir, "kl")
+  gaps = parts.curves(workdir, "gap")
   arms = {arm: single for arm, single in by_arm(cfg).items() if arm in gaps}
   gaps = {arm: gaps[arm] for arm in arms}
   ends, starts = parts.final(gaps), {arm: {s: curve[0][1] for s, curve in by.items()} for arm, by in gaps.items()}
-  original, kl = parts.final(parts.curves(workdir, "original")), parts.final(kls)
+  last = {name: parts.final(parts.curves(workdir, name)) for name in ("original", "kl", "mixture_distance")}
   rates, names = tournament(workdir, arms, cfg)
   results, rows = {}, []
   for arm, single in arms.items():
-    about = {"gap": ends[arm], "original_gap": original[arm], "kl": kl[arm]}
+    about = {"gap": ends[arm], **{name: by[arm] for name, by in last.items()}}
     # written so that NaN fails too
     about["failed"] = float(np.mean([not end <= FAILED * starts[arm][s] for s, end in ends[arm].items()]))
     about |= {"updates": single.steps * single.sequence.online.updates, "queries": single.steps * _asked(single)}
     against = dict(zip(ends[arm], rates[:, names.index(arm), names.index(REFERENCE)].tolist(), strict=True))
     results[arm] = about | {"wins_against_reference": against}
-    cells = [spread(about[name]) for name in ("gap", "original_gap", "kl")]
+    cells = [spread(about[name]) for name in ("gap", "original", "kl")]
     rows.append([_label(arm), f"{about['updates']:,}", *cells, spread(against), f"{about['failed']:.2f}"])
   mean = rates.mean(0)
   table = {a: {b: float(mean[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)}
