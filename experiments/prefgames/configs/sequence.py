@@ -21,17 +21,17 @@ OWN = {  # what a method needs beside its name
   "sppo": ("sequence.online.refresh=20", "sequence.online.b=1"),
 }
 ARMS = (
-  "egpo",
-  "online_ipo_uniform",
-  "online_ipo_policy",
-  "nash_md",
-  "nash_md_pg",
   "online_dpo",
   "xpo",
   "sppo",
-  "egpo-flat",
+  "online_ipo_policy",
+  "nash_md_pg",
   "online_ipo_uniform-flat",
   "nash_md-flat",
+  "egpo-flat",
+  "online_ipo_uniform",
+  "nash_md",
+  "egpo",
 )
 QUERIES = 40  # of each row of the batch, in a step of the loop
 
@@ -46,7 +46,7 @@ def get_config(arg=None):
   c.tx.update(lr=2e-3, warmup=0, weight_decay=0.0, schedule="cosine")
   c.sequence.cyclic = arg.cyclic
   c.sequence.online.update(b=c.sequence.b, pairs="uniform", top_k=2)
-  c.arms = tuple((arm, *overrides(arm, 8 if arg.tiny else QUERIES)) for arm in (ARMS[:2] if arg.tiny else ARMS))
+  c.arms = tuple((arm, *overrides(arm, 8 if arg.tiny else QUERIES)) for arm in (("xpo", "egpo") if arg.tiny else ARMS))
   return config.shrink(c) if arg.tiny else c
 
 
