@@ -88,7 +88,7 @@ def matrix(fig, ax, rates, names, errors=None) -> None:
   """Who beats whom: rates [n, n] of rows against columns in per cent, and their errors below, where there are any."""
   ax.grid(False)
   most = max(abs(rates - 0.5).max(), 0.05)
-  image = ax.imshow(rates, cmap="RdBu", vmin=0.5 - most, vmax=0.5 + most)
+  image = ax.imshow(rates, cmap="RdBu", aspect="auto", vmin=0.5 - most, vmax=0.5 + most)
   for i, j in itertools.product(range(len(names)), repeat=2):
     told = f"{100 * rates[i, j]:.1f}" + ("" if errors is None else f"\n±{100 * errors[i, j]:.1f}")
     dark = abs(rates[i, j] - 0.5) > 0.7 * most

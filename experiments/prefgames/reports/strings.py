@@ -18,6 +18,12 @@ from research.preference.samplers import enumerated
 
 FAILED = 0.5  # a seed whose gap ends above this share of the reference's has failed
 REFERENCE = "reference"
+_NAMES = {
+  "online_dpo": "online DPO",
+  "online_ipo_uniform": "online IPO, uniform pairs",
+  "online_ipo_uniform-flat": "online IPO, flat pairs",
+  "sppo": "SPPO",
+}
 
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
@@ -55,9 +61,10 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     ax.axhline(FAILED * np.mean(list(start.values())), color="grey", linewidth=0.8, linestyle="--")
     ax.locator_params(axis="x", nbins=5)
     ax.set(yscale="log", xlabel=x, ylabel="duality gap, mean over prompts")
-  matrix_title = "how often the row beats the column, %: exact, mean over prompts and seeds"
+  axes[0].set_title("at equal queries", fontsize=10)
+  axes[1].set_title("the same against updates", fontsize=10)
   matrix(fig, axes[2], mean, [_label(name) for name in names])
-  axes[2].set_title(matrix_title, fontsize=9)
+  axes[2].set_title("how often the row beats the column, %", fontsize=10)
   legend_below(fig, axes[0], 4)
   share = f"{100 * cfg.sequence.cyclic:.0f} % cyclic preference, b = {cfg.sequence.b:g}"
   responses = f"{cfg.model.vocab**cfg.length} responses to each of {cfg.sequence.prompts} prompts"
@@ -96,5 +103,5 @@ def _asked(single: RunConfig) -> int:
 
 
 def _label(arm: str) -> str:
-  name, _, pairs = arm.partition("-")
-  return f"{method(name)}, {pairs} pairs" if pairs else method(name)
+  name, _, flat = arm.partition("-")
+  return _NAMES.get(arm) or method(name) + ", flat pairs" * bool(flat)
