@@ -41,7 +41,7 @@ def get_config(arg=None):
   c = config.defaults(Config)
   c.task, c.report, c.x64 = "sequence", "strings", False
   c.steps, c.batch, c.length, c.seeds = 40, 128, 3, (0, 1, 2, 3, 4)
-  c.eval_every, c.log_every = 2, 10
+  c.eval_every, c.log_every = 4, 10
   c.model.update(vocab=4, width=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp_width=64, precision="float32")
   c.tx.update(lr=2e-3, warmup=0, weight_decay=0.0, schedule="cosine")
   c.sequence.cyclic = arg.cyclic
