@@ -84,7 +84,7 @@ def test_at_knob_0_the_optimum_of_dpo_is_the_closed_form_of_the_scores():
 def test_measures_of_the_transformer_are_those_of_its_table():
   with small.use():
     measure = jax.jit(functools.partial(sequence.measures, GAMES, STRINGS))
-    found = measure(model(0), model(1), jax.tree.map(jnp.asarray, ROWS))
+    found = measure(model(0), model(1), cut(ROWS))
   log_policy, log_r = policies()
   p = sequence.preferences(ROWS, STRINGS)
   with jax.enable_x64(True):
