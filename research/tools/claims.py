@@ -1,9 +1,9 @@
 """Every claim of every paper, with its record: `python -m research.tools.claims` writes docs/claims.md.
 
 The claims are the rows of the table under "## Claims" in experiments/*/README.md (claim, what the paper has, ours,
-verdict); a row names the records that its numbers come from as [record](records/NAME.json). Fails, in one line for each,
-where a number differs from the records of its row. `--check` writes nothing and also fails where docs/claims.md is old.
-"""
+verdict); a row names the records that its numbers come from as [record](records/NAME.json). Fails, in one line for
+each, where a number differs from the records of its row. `--check` writes nothing and also fails where docs/claims.md
+is old.
 
 from collections.abc import Iterator
 import dataclasses
@@ -151,8 +151,8 @@ def page_of(found: list[Claim]) -> str:
     "# Claims",
     "",
     f"All {len(found)} claims of the papers' pages, with the verdicts there and where our numbers come from.",
-    "Made by `python -m research.tools.claims`, which fails when a number differs from its record; to change a row, change "
-    "the experiment's README.",
+    "Made by `python -m research.tools.claims`, which fails when a number differs from its record; to change a row, "
+    "change the experiment's README.",
   ]
   for experiment in dict.fromkeys(claim.experiment for claim in found):
     rows = []

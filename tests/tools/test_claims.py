@@ -2,7 +2,6 @@
 
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -12,9 +11,19 @@ from research.tools import claims
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def tool(root, *args):
-  command = [sys.executable, "-m", "research.tools.claims", f"--root={root}", *args]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture
+def tool(monkeypatch, capsys):
+  """(directory, arguments) -> (exit status, what it complains of)."""
+
+  def call(root, *args):
+    monkeypatch.setattr(sys, "argv", ["claims", f"--root={root}", *args])
+    try:
+      claims.main()
+    except SystemExit as e:
+      return e.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+  return call
 
 
 @pytest.fixture
@@ -28,9 +37,8 @@ def copy(tmp_path):
   return tmp_path
 
 
-def test_every_number_of_every_claim_is_its_records_and_the_page_is_new():
-  done = tool(ROOT, "--check")
-  assert done.returncode == 0, done.stderr
+def test_every_number_of_every_claim_is_its_records_and_the_page_is_new(tool):
+  assert tool(ROOT, "--check") == (0, "")
 
 
 def test_four_papers_have_forty_claims_and_what_failed_is_among_them():
@@ -49,27 +57,27 @@ def test_four_papers_have_forty_claims_and_what_failed_is_among_them():
     ("transnormer", "26,599", "26,589"),
   ],
 )
-def test_a_number_that_is_not_its_records_is_an_error_of_one_line(copy, experiment, told, changed):
+def test_a_number_that_is_not_its_records_is_an_error_of_one_line(copy, tool, experiment, told, changed):
   readme = copy / f"experiments/{experiment}/README.md"
   text = readme.read_text()
   assert told in text
   readme.write_text(text.replace(told, changed, 1))
-  done = tool(copy)
-  assert done.returncode == 1
-  assert changed.split(" ")[0] in done.stderr
-  assert f"experiments/{experiment}/README.md:" in done.stderr
-  assert len(done.stderr.splitlines()) == 1
+  status, said = tool(copy)
+  assert status == 1
+  assert changed in said
+  assert f"experiments/{experiment}/README.md:" in said
+  assert len(said.splitlines()) == 1
   assert not (copy / "docs/claims.md").exists()
 
 
-def test_an_old_page_is_an_error(copy):
-  assert tool(copy).returncode == 0
-  assert tool(copy, "--check").returncode == 0
+def test_an_old_page_is_an_error(copy, tool):
+  assert tool(copy)[0] == 0
+  assert tool(copy, "--check")[0] == 0
   page = copy / "docs/claims.md"
   page.write_text(page.read_text().replace("reproduced", "confirmed"))
-  done = tool(copy, "--check")
-  assert done.returncode == 1
-  assert "docs/claims.md" in done.stderr
+  status, said = tool(copy, "--check")
+  assert status == 1
+  assert "docs/claims.md" in said
 
 
 def test_a_number_without_a_record_or_a_test_is_an_error(tmp_path):
