@@ -4,6 +4,7 @@ The claims are the rows of the table under "## Claims" in experiments/*/README.m
 verdict); a row names the records that its numbers come from as [record](records/NAME.json). Fails, in one line for
 each, where a number differs from the records of its row. `--check` writes nothing and also fails where docs/claims.md
 is old.
+"""
 
 from collections.abc import Iterator
 import dataclasses
