@@ -213,7 +213,7 @@ def fit(
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
-  reference = _start(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
+  reference = start_state(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
   step_fn = jit_step(exp, cfg, abstract)
   log = _Log(cfg, exp, writer, checkpoints)
   evaluate = Evaluator(exp, cfg, reference)
@@ -287,10 +287,10 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
-  return _start(exp, cfg, abstract, init_from), 0
+  return start_state(exp, cfg, abstract, init_from), 0
 
 
-def _start(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
+def start_state(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
   """The state before the first step of a run that resumes nothing."""
   state = fresh_state(exp, abstract, cfg.seed)
   if init_from is not None:

@@ -10,14 +10,14 @@ import hashlib
 
 from research.data import shards, sources, text
 from research.data import tokenizer as tokenizers
-from research.data.loader import batches
+from research.data.loader import batches, training_rows
 from research.data.mixture import Mixture
 from research.data.packing import PackedDocuments, abstract_rows
 from research.data.tokenizer import Tokenizer
 from research.errors import check
 
 __all__ = ["Mixture", "PackedDocuments", "TextConfig", "TextData", "Tokenizer"]
-__all__ += ["abstract_rows", "batches", "load", "load_tokenizer"]
+__all__ += ["abstract_rows", "batches", "load", "load_tokenizer", "training_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ def load(cfg: TextConfig, length: int, seed: int) -> TextData:
     if documents is None:
       return shards.PackedShards(source, split, length, drop_last=split == "train")
     ordered = sorted(documents[split], key=lambda d: text.name_hash(f"{order}/{d[0]}"))
-    return PackedDocuments([ids for _, ids in ordered], length, tokenizer.eod, drop_last=split == "train")
+    names, ids = zip(*ordered, strict=True) if ordered else ((), ())
+    return PackedDocuments(ids, length, tokenizer.eod, drop_last=split == "train", names=names)
 
   parts = []
   for source, documents in zip(cfg.source, tokenized, strict=True):

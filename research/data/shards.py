@@ -42,6 +42,10 @@ class PackedShards(PackedDocuments):
     self._pieces = about["settings"]["shard_tokens"] // PIECE  # in a shard
     self._readers, self._lock = {}, threading.Lock()
 
+  def documents_of(self, i: int) -> list[str]:
+    """[]: shards do not keep the names of documents."""
+    return []
+
   def _read(self, lo: int, hi: int) -> np.ndarray:
     pieces = range(lo // PIECE, (hi - 1) // PIECE + 1)
     ids = np.concatenate([self._piece(i) for i in pieces])
