@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, distributed, manifest, paths, secrets
+from research import config, cpu, distributed, manifest, paths, secrets, selfcheck
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -71,7 +71,7 @@ def run(build, report) -> None:
   workdir = paths.parse(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
   with double(cfg.x64):
-    run_all(build, report, cfg, args.config, overrides, workdir)
+    run_all(build, report, cfg, args.config, overrides, workdir, checked=args.selfcheck)
 
 
 @contextlib.contextmanager
@@ -85,8 +85,19 @@ def double(x64: bool):
     jax.config.update("jax_enable_x64", before)
 
 
-def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str], workdir: paths.Path) -> None:
-  """Every run of `cfg`, which `spec` and `overrides` made, then its report."""
+def run_all(
+  build,
+  report,
+  cfg: config.RunConfig,
+  spec: str,
+  overrides: list[str],
+  workdir: paths.Path,
+  checked: bool = False,
+) -> None:
+  """Every run of `cfg`, which `spec` and `overrides` made, then its report.
+
+  checked: the first seed of every arm goes through `research.selfcheck` before its first step.
+  """
   stop = StopSignal()
   singles = config.expand(cfg)
   jobs = []
@@ -106,6 +117,8 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
         with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
           distributed.on_restart(checkpoints.steps)
           exp.prepare(functools.partial(sibling, workdir, single))
+          if checked and single.seed == cfg.seed and not checkpoints.steps():
+            selfcheck.selfcheck(build, single, exp, start.get("init_from"), writer.say)
           fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
@@ -137,6 +150,8 @@ def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[arg
   parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
   if workdir:
     parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
+    told = "before the first step, compare what is fast with what is plain; refuse to start where they differ"
+    parser.add_argument("--selfcheck", action="store_true", help=told)
     distributed.add_arguments(parser)
   return parser.parse_with_overrides(argv)
 
