@@ -140,8 +140,8 @@ def truncate(lab: Lab, workdir: pathlib.Path, rng: random.Random) -> Outcome:
 def damage(lab: Lab, workdir: pathlib.Path, harm: Callable) -> Outcome:
   """A finished run whose newest checkpoint is damaged, started again.
 
-  Damage is noticed where the run says so and uses the checkpoint before; damage that changes no array (a byte that is not
-  read) may pass, if what is restored has the right hash: the run is then complete as it stands.
+  Damage is noticed where the run says so and uses the checkpoint before; damage that changes no array (a byte that
+  nobody reads) may pass, as what is restored has the right hash: the run is then complete as it stands.
   """
   shutil.copytree(lab.workdir, workdir, dirs_exist_ok=True)
   before = steps(workdir)
