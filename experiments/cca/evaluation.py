@@ -69,22 +69,21 @@ def codes(tokenizer: str, cfg: images.ImageConfig) -> dict[str, dict[str, np.nda
 
 
 def fakes(model: str, tokenizer: str, cfg: images.ImageConfig, seed: int) -> dict[str, dict[str, np.ndarray]]:
-  """{split: codes that a model draws for the labels of its images, and for VAR inputs}: rows beside those of `codes`."""
+  """{split: codes that a model draws for the labels of its images, and for VAR inputs}: beside the rows of `codes`."""
   out, book = {}, trained(tokenizer).tokenizer
   for i, (split, rows) in enumerate(real(cfg).items()):
-    made = draw(trained(model), book, rows["labels"], 0.0, 2 * seed + i)[0]
+    made = draw(trained(model), book, rows["labels"], 0.0, 2 * seed + i)
     out[split] = {"fakes": made}
     if isinstance(book, VQVAE):
       out[split]["fake_inputs"] = in_parts(_inputs, book, made)
   return out
 
 
-def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """(codes int32 [n, tokens], images float32 NHWC in [-1, 1]) of a model for `labels`, under guidance of a scale."""
+def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int) -> np.ndarray:
+  """Codes int32 [n, tokens] of a model for `labels`, under guidance of a scale."""
   if isinstance(model, LlamaGen):
-    made = image_generation.llamagen_tokens(model, labels, guidance=1 + scale, seed=seed)
-    return made, decoded(tokenizer, made)
-  return image_generation.var_images(model, tokenizer, labels, guidance=scale, seed=seed)
+    return image_generation.llamagen_tokens(model, labels, guidance=1 + scale, seed=seed)
+  return image_generation.var_tokens(model, tokenizer, labels, guidance=scale, seed=seed)
 
 
 def decoded(tokenizer: Any, codes: np.ndarray) -> np.ndarray:
@@ -112,7 +111,8 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
   arms = [str(sibling(name)) for name in ("tokenizer", "classifier", "judge")]
   known = _known(*arms, cfg.data, jax.sharding.get_mesh())
   labels = asked(cfg)
-  drawn = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed)[1] for s in how.scales}
+  made = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed) for s in how.scales}
+  drawn = {name: decoded(known.tokenizer, x) for name, x in made.items()}
   sets = {name: (x, labels) for name, x in drawn.items()} | {"codes": known.coded}
   features, found = {}, {}
   for name, (x, of) in sets.items():

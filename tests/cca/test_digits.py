@@ -39,7 +39,9 @@ def whole(tmp_path_factory):
 
 def arrays(workdir, run_name):
   """The saved hash of every array of the last step."""
-  return json.loads((workdir / "checkpoints" / run_name / "6" / "record" / "data.json").read_text())["content"]["arrays"]
+  return json.loads((workdir / "checkpoints" / run_name / "6" / "record" / "data.json").read_text())["content"][
+    "arrays"
+  ]
 
 
 def last(workdir, arm):

@@ -216,7 +216,7 @@ def grids(workdir: paths.Path, cfg: RunConfig) -> None:
 
 def _grid(workdir, cfg, model, book, arm, scale) -> None:
   labels = evaluation.asked(cfg)
-  made = evaluation.draw(model, book, labels, scale, cfg.seed)[1]
+  made = evaluation.decoded(book, evaluation.draw(model, book, labels, scale, cfg.seed))
   rows = [made[labels == c][:COLUMNS] for c in range(cfg.model.classes)]
   name = f"samples_{arm}" + (f"_s{scale:g}" if scale else "")
   parts.image_grid(workdir / "report" / f"{name.replace('.', '_')}.png", np.concatenate(rows), len(rows[0]), scale=4)
