@@ -40,6 +40,8 @@ class Experiment:
   info: () -> what the manifest says of the data. The first call reads the data and
     raises UserError for what is wrong with it; building an experiment reads nothing.
   batch: () -> shapes and dtypes of a whole batch of all processes, to compile without data; reads nothing.
+  check_start: called with the model and the reference (None without one) before the first step of a run that resumes
+    nothing; raises UserError where a run must not begin.
   prepare: called once before the run's first step, with a function from the name of an earlier arm of the
     command to its directory of checkpoints (of the same seed): for data that another model makes.
   train_step: another update than `default_train_step`, with its arguments and results.
@@ -54,6 +56,7 @@ class Experiment:
   info: Callable[[], dict[str, Any]] = dict
   batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
   reference: bool = False
+  check_start: Callable[[Any, Any], None] = lambda model, reference: None
   prepare: Callable[[Callable[[str], Any]], None] = lambda sibling: None
   train_step: Callable[..., Any] | None = None
 
@@ -214,6 +217,8 @@ def fit(
     writer.say(f"going on from step {start}")
   writer.start(start)
   reference = _start(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
+  if not start:
+    exp.check_start(state.model, reference)
   step_fn = jit_step(exp, cfg, abstract)
   log = _Log(cfg, exp, writer, checkpoints)
   evaluate = Evaluator(exp, cfg, reference)

@@ -1,0 +1,242 @@
+"""Fine-tuning a class-conditional model of images so that it needs no guidance, by one of six losses.
+
+Condition contrastive alignment (Chen et al., 2024, arXiv 2410.09347) and what it is compared with. Rewards are
+`log p_theta - log p_phi` of an image under a class, a sum over its tokens in nats; phi is the model that the run
+started from.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from jax import P
+from jax import numpy as jnp
+import numpy as np
+
+from experiments.cca import losses
+from experiments.cca.losses import LOSSES
+from research.errors import check
+from research.kernels.dispatch import on_mesh, place
+from research.mesh import BATCH
+from research.metrics import Mean
+from research.models import decoder
+from research.models.llamagen import LlamaGenConfig
+from research.models.var import VARConfig
+
+METHODS = (*LOSSES, "gft", "ddo")
+NATS = 1e-3  # a token, by which rewards may differ from 0 at the start: rounding, in programs compiled apart
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """Raises UserError.
+
+  method: a loss of `losses`, or
+    gft: guidance-free training (Chen et al., 2025, arXiv 2501.15420), the cross-entropy of
+      beta logits(c) + (1 - beta) logits(null), the latter without gradient. beta is fixed: the paper's is drawn for
+      each image and embedded beside the class, so that guidance can still be chosen when sampling.
+    ddo: direct discriminative optimisation (Zheng et al., 2025, arXiv 2503.01103), cca with images that phi drew for
+      the row's own class in the place of mismatched classes.
+  beta: 1 / scale of the guidance aimed at (gft: 1 / (1 + scale)); it multiplies a sum over tokens.
+  lam: weight of what is pushed away, in cca, unlearning and ddo.
+  uncond: share of rows whose classes both become the null class, so that guidance stays possible.
+  negatives: mismatched classes are those of the next rows of the (micro-)batch of all processes, or of the
+    next ones in a random order; from either no image gets its own label by its place.
+  collisions: pairs whose classes happen to be one count as positives, as published.
+  masked: see `losses.rows`. Without a share of null classes the released code takes the other branch: False
+    is then its VAR program; its LlamaGen program has unlearning there, by mistake.
+  dropout: theta and phi each with masks of its own, as published; default neither. The first loss is then not
+    known exactly. Labels are dropped by `uncond` alone: the model's class_dropout must be 0.
+  """
+
+  method: Literal[*METHODS] = "cca"
+  beta: float = 0.02
+  lam: float = 1.0
+  uncond: float = 0.1
+  negatives: Literal["roll", "permutation"] = "roll"
+  collisions: bool = True
+  masked: bool = True
+  dropout: bool = False
+
+  def __post_init__(self):
+    check(self.beta > 0, "beta", self.beta, "must be positive")
+    check(self.method != "gft" or self.beta < 1, "beta", self.beta, "gft needs one below 1")
+    check(self.lam >= 0, "lam", self.lam, "use 0 or a positive number")
+    check(0 <= self.uncond < 1, "uncond", self.uncond, "is a share of the rows: use 0 .. 1, e.g. 0.1")
+    check(
+      self.masked or self.uncond == 0, "masked", self.masked, f"is the branch of uncond=0, and that is {self.uncond}"
+    )
+
+  @property
+  def has_reference(self) -> bool:
+    """Whether the loss needs phi, or its log-likelihoods."""
+    return self.method != "gft"
+
+
+def batch_shapes(
+  cfg: TuningConfig, model: LlamaGenConfig | VARConfig, rows: int, cached: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `loss` reads, for `Experiment.batch`; cached: with phi's log-likelihoods instead of phi."""
+  codes, label = (rows, model.tokens), jax.ShapeDtypeStruct((rows,), jnp.int32)
+  shapes = {"labels": label, "weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+  for name, reads in (("codes", "inputs"), ("fakes", "fake_inputs"))[: 1 + (cfg.method == "ddo")]:
+    shapes[name] = jax.ShapeDtypeStruct(codes, jnp.int32)
+    if isinstance(model, VARConfig):
+      later = (rows, model.tokens - model.scales[0] ** 2, model.code_width)
+      shapes[reads] = jax.ShapeDtypeStruct(later, jnp.float32)
+  if cached:
+    shapes |= {"others": label, "reference_log_probs": jax.ShapeDtypeStruct((rows, 2, 2), jnp.float32)}
+  return shapes
+
+
+def check_data(codes: np.ndarray, labels: np.ndarray, model: LlamaGenConfig | VARConfig) -> None:
+  """Raises UserError unless codes [images, tokens] and labels [images] are such as `model` speaks of."""
+  fix = f"the model writes {model.tokens} tokens an image; use the codes of its tokenizer"
+  check(codes.ndim == 2 and codes.shape[1] == model.tokens, "codes", list(codes.shape), fix)
+  check(labels.shape == codes.shape[:1], "labels", list(labels.shape), f"must be {len(codes)}, one an image")
+  for name, x, most in (("codes", codes, model.vocab), ("labels", labels, model.classes)):
+    low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
+    check(low >= 0 and high < most, name, f"{low} .. {high}", f"the model's lie in 0 .. {most - 1}")
+
+
+def loss(
+  model: Any, batch: dict[str, jax.Array], key: jax.Array | None, reference: Any = None, *, cfg: TuningConfig
+) -> dict[str, Mean]:
+  """The loss, a mean over rows (gft: over tokens), and what the model has learnt.
+
+  batch: codes int32 [rows, tokens], labels int32 [rows], weights float32 [rows]; ddo: also fakes int32 [rows, tokens].
+    For VAR also inputs (and fake_inputs), what it reads to write them: `VQVAE.inputs`.
+    Optional: others int32 [rows], the mismatched classes; reference_log_probs float32 [rows, 2, 2] in the place
+    of `reference`: of the two members of each pair, under their class and under the null class.
+  Rows of weight 0 lend their labels to their neighbours: fill batches up with images, not with zeros.
+
+  reward_pos, reward_neg: of images under their own and the other class (ddo: of fakes); reward_null: under the null
+  class; margin, reward_accuracy: by how much, and how often, the first is above the second; drift: mean size of all;
+  ce: cross-entropy in nats a token under the class. Raises UserError before anything is compiled.
+  """
+  keys = dict(zip(("null", "order", "model", "reference"), _split(key), strict=True))
+  check(
+    not cfg.dropout or model.cfg.class_dropout == 0, "model.class_dropout", model.cfg.class_dropout, "use 0 to tune"
+  )
+  weights = place(batch["weights"], P(BATCH))
+  labels, null = place(batch["labels"], P(None)), _null(keys["null"], cfg, len(batch["labels"]))
+  if cfg.method == "gft":
+    return _guidance_free(model, batch, jnp.where(null, model.cfg.classes, labels), weights, keys["model"], cfg)
+  if cfg.method == "ddo":
+    labels, same = jnp.where(null, model.cfg.classes, labels), jnp.zeros_like(null)
+    others, second = labels, ("fakes", "fake_inputs")
+  else:
+    labels, others, same = _mismatched(batch, labels, null, keys["order"], cfg, model.cfg.classes)
+    second = ("codes", "inputs")
+  codes, both = _pair(batch["codes"], batch[second[0]]), _pair(labels, others)
+  reads = _pair(batch["inputs"], batch[second[1]]) if "inputs" in batch else codes
+  score = lambda model, key: _split_pairs(model.log_likelihood(model(reads, both, key if cfg.dropout else None), codes))
+  log_p = score(model, keys["model"])
+  if "reference_log_probs" in batch:
+    fix = "phi's log-likelihoods are computed ahead without it; use false, or phi itself"
+    check(not cfg.dropout, "dropout", cfg.dropout, fix)
+    cached = place(batch["reference_log_probs"], P(BATCH, None, None))
+    log_phi = jnp.where(place(null, P(BATCH))[:, None], cached[..., 1], cached[..., 0])
+  else:
+    _check_reference(model, reference)
+    log_phi = score(reference, keys["reference"])
+  pos, neg = (jnp.squeeze(x, 1) for x in jnp.split(log_p - jax.lax.stop_gradient(log_phi), 2, axis=1))
+  null, same = place(null, P(BATCH)), place(same, P(BATCH))
+  name = "cca" if cfg.method == "ddo" else cfg.method
+  rows = losses.rows(name, pos, neg, same, beta=cfg.beta, lam=cfg.lam, masked=cfg.masked)
+  at_start = losses.at_start(name, same, beta=cfg.beta, lam=cfg.lam, masked=cfg.masked)
+  mean = lambda x, where=True: Mean(jnp.sum(jnp.where(where, weights * x, 0)), jnp.sum(jnp.where(where, weights, 0)))
+  differ = ~(null | same)
+  return {
+    "loss": mean(rows),
+    "loss_at_start": mean(at_start),
+    "reward_pos": mean(pos, ~null),
+    "reward_neg": mean(neg, differ),
+    "reward_null": mean(pos, null),
+    "reward_accuracy": mean((pos > neg).astype(jnp.float32), differ),
+    "margin": mean(pos - neg, differ),
+    "drift": mean((jnp.abs(pos) + jnp.abs(neg)) / 2),
+    "ce": mean(-log_p[:, 0] / codes.shape[1], ~null),
+  }
+
+
+def _split(key):
+  return [None] * 4 if key is None else list(jax.random.split(key, 4))
+
+
+def _null(key, cfg, rows):
+  """bool [rows]: which lose their class."""
+  if cfg.uncond == 0 or key is None:
+    return place(jnp.zeros(rows, bool), P(None))
+  return place(jax.random.bernoulli(key, cfg.uncond, (rows,)), P(None))
+
+
+def _mismatched(batch, labels, null, key, cfg, null_class):
+  if "others" in batch:
+    others = place(batch["others"], P(None))
+  else:
+    fix = "an image alone has no other to take a class from; use 2 or more (of a micro-batch: batch / accumulate)"
+    check(len(labels) >= 2, "batch", len(labels), fix)
+    shuffled = cfg.negatives == "permutation" and key is not None
+    order = place(jax.random.permutation(key, len(labels)), P(None)) if shuffled else None
+    others = losses.neighbours(labels, order)
+  labels, others, same = losses.negatives(labels, null, null_class, others)
+  return labels, others, same if cfg.collisions else null
+
+
+def _guidance_free(model, batch, labels, weights, key, cfg):
+  """Cross-entropy of logits mixed with those under the null class."""
+  codes = place(batch["codes"], P(BATCH, None))
+  reads, key = batch.get("inputs", codes), key if cfg.dropout else None
+  labels, sg = place(labels, P(BATCH)), jax.lax.stop_gradient
+  x = model(reads, labels, key)
+  null = model(reads, jnp.full_like(labels, model.cfg.classes), key)
+  # one product with twice the width: the logits of neither are ever there
+  x = jnp.concatenate([cfg.beta * x, (1 - cfg.beta) * sg(null)], axis=-1)
+  weight, bias = model.head_weight(), getattr(model, "head_bias", None)
+  weight = jnp.concatenate([weight, sg(weight)])
+  if bias is not None:
+    bias = cfg.beta * bias[...] + (1 - cfg.beta) * sg(bias[...])
+  log_p = decoder.row_log_likelihood(x, weight, codes, bias)
+  return {"loss": Mean(-jnp.sum(weights * log_p), jnp.sum(weights) * codes.shape[1])}
+
+
+def _pair(a, b):
+  """[rows, ...] twice -> [2 rows, ...], the two of a row beside each other: none changes device."""
+  spec = P(BATCH, *[None] * (a.ndim - 1))
+  both = jnp.stack([place(a, spec), place(b, spec)], axis=1)
+  return jax.lax.reshape(both, (2 * len(a), *a.shape[1:]), out_sharding=spec if on_mesh() else None)
+
+
+def _split_pairs(x):
+  """[2 rows] -> [rows, 2]."""
+  return jax.lax.reshape(x, (len(x) // 2, 2), out_sharding=P(BATCH, None) if on_mesh() else None)
+
+
+def _check_reference(model, reference):
+  check(reference is not None, "reference", "absent", "give the model that the run starts from, or reference_log_probs")
+  shapes = lambda tree: [(jax.tree_util.keystr(path), x.shape) for path, x in jax.tree.leaves_with_path(tree)]
+  ours, theirs = shapes(model), shapes(reference)
+  differ = next((f"{b} against {a}" for a, b in zip(ours, theirs, strict=False) if a != b), f"{len(theirs)} parameters")
+  check(ours == theirs, "reference", differ, "is of another architecture; use the model that the run starts from")
+
+
+def self_check(model: Any, batch: dict[str, jax.Array], reference: Any = None, *, cfg: TuningConfig) -> None:
+  """Raises UserError unless theta is phi on `batch`, so that the first loss is what it must be.
+
+  For `Experiment.check_start`. Tried without dropout: with it nothing can be known exactly.
+  """
+  if cfg.has_reference:
+    plain = dataclasses.replace(cfg, dropout=False)
+    run = jax.jit(lambda *x: loss(*x, cfg=plain))
+    means = jax.block_until_ready(run(model, batch, jax.random.key(0), reference))
+    check_start({name: float(mean.value) for name, mean in means.items()}, batch["codes"].shape[1])
+
+
+def check_start(metrics: dict[str, float], tokens: int) -> None:
+  """Raises UserError unless the metrics of `loss` are those of a model that is its own reference."""
+  fix = (
+    f"must start at {metrics['loss_at_start']:.6g}, and log-likelihoods under the model and its reference differ "
+    f"by {metrics['drift']:.3g} nats; start both, and reference_log_probs, from one checkpoint, without dropout"
+  )
+  check(metrics["drift"] <= NATS * tokens, "loss", f"{metrics['loss']:.6g}", fix)
