@@ -165,10 +165,10 @@ def memory() -> list[dict]:
       stats = compiled.memory_analysis()
       needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
       needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
-      out.append({
-        "model": "LlamaGen-L", "rows": ROWS, "tokens": model.tokens, "step": name, "slice": SLICE, "bytes": needed,
-        "temporaries": stats.temp_size_in_bytes, "parameters": sum(map(_shard_bytes, jax.tree.leaves(state.model))), "usable": pod.usable,
-      })  # fmt: skip
+      row = {"model": "LlamaGen-L", "rows": ROWS, "tokens": model.tokens, "step": name, "slice": SLICE, "bytes": needed}
+      parts = {"parameters": state.model, "adam": state.opt}
+      row |= {part: sum(map(_shard_bytes, jax.tree.leaves(tree))) for part, tree in parts.items()}
+      out.append(row | {"temporaries": stats.temp_size_in_bytes, "usable": pod.usable})
   for row in out:
     row["over_likelihood"] = row["bytes"] / out[0]["bytes"]
   return out
