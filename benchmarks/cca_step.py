@@ -4,7 +4,8 @@ python -m benchmarks.cca_step [--out FILE.json] [--only time|memory]
 
 An image goes through the model twice, under its own and another's class, both in one batch; then the reference reads
 the two again, or its log-likelihoods have been computed ahead. In units of a forward pass a row costs 3 (likelihood), 8
-(alignment) or 6 (ahead): ratios of 2.67 and 2.
+(alignment) or 6 (ahead): ratios of 2.67 and 2, a little more where the head is a large part, whose logits are made again
+for the gradients.
 
 Time: float32 on this CPU, in one process, the steps in turn; ratios of medians. The losses of both ways to the
 reference have to agree at the first step. Memory: a LlamaGen-L on a v5e slice, by the TPU compiler (the extra
