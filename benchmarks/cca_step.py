@@ -4,8 +4,8 @@ python -m benchmarks.cca_step [--out FILE.json] [--only time|memory]
 
 An image goes through the model twice, under its own and another's class, both in one batch; then the reference reads
 the two again, or its log-likelihoods have been computed ahead. In units of a forward pass a row costs 3 (likelihood), 8
-(alignment) or 6 (ahead): ratios of 2.67 and 2, a little more where the head is a large part, whose logits are made again
-for the gradients.
+(alignment) or 6 (ahead): ratios of 2.67 and 2, a little more where the head is a large part, as its logits are made
+again for the gradients.
 
 Time: float32 on this CPU, in one process, the steps in turn; ratios of medians. The losses of both ways to the
 reference have to agree at the first step. Memory: a LlamaGen-L on a v5e slice, by the TPU compiler (the extra
@@ -26,6 +26,7 @@ from benchmarks import record
 from experiments.cca import tuning
 from experiments.cca.tuning import TuningConfig
 from launch import topology
+from launch.plan import shard_bytes
 from research import cpu, optim
 from research.config import RunConfig
 from research.fit import Experiment, abstract_batch, abstract_state, fresh_state, jit_step, on_devices, to_devices
@@ -153,30 +154,22 @@ def data(rows: int, model: LlamaGenConfig | VARConfig, reference: Any) -> dict[s
   return to_devices(out)
 
 
-def memory() -> list[dict]:
-  """Rows of the record: bytes that one chip of SLICE needs for each step of LlamaGen-L."""
+def memory(name: str) -> dict:
+  """A row of the record: bytes that one chip of SLICE needs for a step of LlamaGen-L."""
   model = llamagen.official("L", precision="bfloat16", remat="full", **NO_DROPOUT)
-  pod, out = topology.parse(SLICE), []
-  mesh = MeshConfig(partition="fsdp")
+  pod, mesh = topology.parse(SLICE), MeshConfig(partition="fsdp")
   with jax.set_mesh(topology.make_mesh(mesh, pod)):
-    for name in STEPS:
-      w = way(name, ROWS, model, mesh.partition)
-      state, batch = on_devices(abstract_state(w.exp)), on_devices(abstract_batch(w.exp))
-      compiled = jit_step(w.exp, w.cfg, state).lower(state, batch, state.model if w.exp.reference else None).compile()
-      stats = compiled.memory_analysis()
-      needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-      needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
-      row = {"model": "LlamaGen-L", "rows": ROWS, "tokens": model.tokens, "step": name, "slice": SLICE, "bytes": needed}
-      parts = {"parameters": state.model, "adam": state.opt}
-      row |= {part: sum(map(_shard_bytes, jax.tree.leaves(tree))) for part, tree in parts.items()}
-      out.append(row | {"temporaries": stats.temp_size_in_bytes, "usable": pod.usable})
-  for row in out:
-    row["over_likelihood"] = row["bytes"] / out[0]["bytes"]
-  return out
-
-
-def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
-  return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    w = way(name, ROWS, model, mesh.partition)
+    state, batch = on_devices(abstract_state(w.exp)), on_devices(abstract_batch(w.exp))
+    compiled = jit_step(w.exp, w.cfg, state).lower(state, batch, state.model if w.exp.reference else None).compile()
+  stats = compiled.memory_analysis()
+  needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+  needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
+  held = {"parameters": state.model, "adam": state.opt, "reference": state.model if w.exp.reference else ()}
+  return {
+    "model": "LlamaGen-L", "rows": ROWS, "tokens": model.tokens, "step": name, "slice": SLICE, "bytes": needed,
+    "temporaries": stats.temp_size_in_bytes, "usable": pod.usable,
+  } | {part: sum(map(shard_bytes, jax.tree.leaves(tree))) for part, tree in held.items()}  # fmt: skip
 
 
 def main() -> None:
@@ -199,10 +192,10 @@ def main() -> None:
   if args.only != "time" and lacking:
     print(f"memory is not measured: {lacking}")
   elif args.only != "time":
-    for row in memory():
+    for name in STEPS:
+      row = memory(name)
       found.append(row)
-      needs = f"{row['bytes'] / 2**20:8.0f} MiB a chip of {SLICE}"
-      print(f"{row['model']} {row['step']:22} {needs}  {row['over_likelihood']:.2f}", flush=True)
+      print(f"{row['model']} {name:22} {row['bytes'] / 2**20:8.0f} MiB a chip of {SLICE}", flush=True)
   if args.out:
     record.write(args.out, "cca_step", found)
 
