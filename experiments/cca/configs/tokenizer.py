@@ -1,8 +1,8 @@
 """A multi-scale tokenizer (VAR's) of your own images, or of the digits: docs/tokenizers.md.
 
-Arguments: pixels (8, 32, 64 or 256) a side and channels (1 or 3). With pixels=256 it is the released tokenizer, and how
-it is trained follows LlamaGen's (arXiv 2406.06525, section 2.1) and MaskGIT's habits, VAR's own training being unpublished.
-Cost: about 3 minutes on 2 CPU cores as it stands; of 256 pixels, days of an accelerator.
+Arguments: pixels (8, 32, 64 or 256) a side, channels (1 or 3), and how many classes the images have. With pixels=256 it
+is the released tokenizer; how that was trained is unpublished, and the settings are a start.
+Cost: about 3 minutes on 2 CPU cores as it stands, of 256 pixels days of an accelerator.
 
   python -m experiments.cca --config=experiments/cca/configs/tokenizer.py
 """
@@ -33,7 +33,9 @@ def get_config(arg=None):
   c.vqvae.image_channels = arg.channels
   # what a model of its codes has to agree in
   c.var = config.as_configdict(VARConfig(book.vocab, book.code_width, arg.classes, book.scales))
-  c.length, c.steps, c.batch = book.tokens, steps, batch
+  c.steps, c.batch = steps, batch
   c.eval_every, c.checkpoint.every, c.log_every = steps // 10, steps // 10, steps // 40
   c.tx.update(lr=2e-3 if arg.pixels == 8 else 1e-4, warmup=20, schedule="cosine", b2=0.95, weight_decay=0.05)
-  return config.shrink(c) if arg.tiny else c
+  c = config.shrink(c) if arg.tiny else c
+  c.length = book.tokens
+  return c
