@@ -265,15 +265,17 @@ def _check_reference(model, reference):
   check(ours == theirs, "reference", differ, "is of another architecture; use the model that the run starts from")
 
 
+_metrics = jax.jit(loss, static_argnames="cfg")
+
+
 def self_check(model: Any, batch: dict[str, jax.Array], reference: Any = None, *, cfg: TuningConfig) -> None:
   """Raises UserError unless theta is phi on `batch`, so that the first loss is what it must be.
 
   For `Experiment.check_start`. Tried without dropout: with it nothing can be known exactly.
   """
   if cfg.has_reference:
-    plain = dataclasses.replace(cfg, dropout=False)
-    run = jax.jit(lambda *x: loss(*x, cfg=plain))
-    means = jax.block_until_ready(run(model, batch, jax.random.key(0), reference))
+    means = _metrics(model, batch, jax.random.key(0), reference, cfg=dataclasses.replace(cfg, dropout=False))
+    means = jax.block_until_ready(means)
     check_start({name: float(mean.value) for name, mean in means.items()}, batch["codes"].shape[1])
 
 
