@@ -6,6 +6,7 @@ where some are given, they are those, and the guided logits come too. Guidance i
 released code.
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -126,13 +127,14 @@ def var(shape, weights):
   head = linear(weights["head"], width, weights["head_bias"])
   last_ada = linear(weights["ada.weight"], width, weights["ada.bias"])
   phis = [_conv(weights[f"phis.{i}.kernel"], weights[f"phis.{i}.bias"]) for i in range(sampling.PHIS)]
-  ticks = torch.linspace(1 / 3 / sampling.PHIS, 1 - 1 / 3 / sampling.PHIS, sampling.PHIS, dtype=torch.float64)
+  # numpy's rounding decides ties, as in the released code
+  ticks = np.linspace(1 / 3 / sampling.PHIS, 1 - 1 / 3 / sampling.PHIS, sampling.PHIS)
 
   def spread(codes, i):
     """What the codes [rows, tokens] of a scale add to the features [rows, code_width, side, side]."""
     h = weights["codebook"][codes].transpose(1, 2).unflatten(2, (scales[i], scales[i]))
     h = h if scales[i] == side else F.interpolate(h, (side, side), mode="bicubic")
-    phi = phis[int((ticks - i / (len(scales) - 1)).abs().argmin())]
+    phi = phis[int(np.abs(ticks - i / (len(scales) - 1)).argmin())]
     return h * (1 - sampling.PHI_RATIO) + phi(h) * sampling.PHI_RATIO
 
   def draw(labels, guidance, given=None):
