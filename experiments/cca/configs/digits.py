@@ -39,47 +39,36 @@ def get_config(arg=None):
   c.tune.beta = BETA
   c.tx.update(lr=3e-4, warmup=5, schedule="constant", b2=0.95, weight_decay=0.05)
   c.arms = arms(arg.tiny)
-  return tiny(c) if arg.tiny else c
+  if not arg.tiny:
+    return c
+  c = config.shrink(c)
+  c.data.size, c.vq.mult, c.classifier.channels, c.evaluation.neighbours = 4, (1,), (8,), 3
+  c.llamagen.update(layers=1, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
+  return c
 
 
-def arms(small=False):
-  """(name, overrides) of every stage; small: as long as the config says."""
-  stage = lambda name, task, steps, batch, lr, *more: (
-    (name, f"task={task}", *more)
-    if small
-    else (
-      name,
-      f"task={task}",
-      f"steps={steps}",
-      f"batch={batch}",
-      f"tx.lr={lr}",
-      "tx.schedule=cosine",
-      "tx.warmup=20",
-      *more,
-    )
-  )
-  join = lambda xs: ",".join(f"{x:g}" for x in xs)
+def arms(tiny=False):
+  """(name, overrides) of every stage; tiny: as long as the config says."""
+
+  def stage(name, task, steps, lr, *more):
+    size = () if tiny else (f"steps={steps}", "batch=64", f"tx.lr={lr}", "tx.schedule=cosine", "tx.warmup=20")
+    return (name, f"task={task}", *size, *more)
+
+  scales = lambda xs: "evaluation.scales=" + ",".join(f"{x:g}" for x in ((xs[0], xs[-1]) if tiny else xs))
   tune = lambda name, *more: (name, "task=tune", "init_from=arm:model", *more)
   cca = lambda lam, beta: tune(f"cca-{number(lam)}-{number(beta)}", f"tune.lam={lam}", f"tune.beta={beta}")
+  other = ("classifier.channels=" + ("8,8" if tiny else "24,48,48"), "classifier.features=32")
   return (
-    stage("tokenizer", "tokenizer", 400, 64, 2e-3),
-    stage("classifier", "classifier", 300, 64, 2e-3),
-    stage("judge", "classifier", 300, 64, 2e-3, "classifier.channels=24,48,48", "classifier.features=32"),
-    stage("model", "model", 1000, 64, 1e-3, "tx.weight_decay=0.5", f"evaluation.scales={join(SCALES)}"),
-    *(cca(lam, BETA) for lam in LAMBDAS),
-    *(cca(1.0, beta) for beta in BETAS),
-    tune("cca_cfg", "tune.lam=1", "tune.beta=1", f"evaluation.scales={join(FEW)}"),
+    stage("tokenizer", "tokenizer", 400, 2e-3),
+    stage("classifier", "classifier", 300, 2e-3),
+    stage("judge", "classifier", 300, 2e-3, *other),
+    stage("model", "model", 1000, 1e-3, "tx.weight_decay=0.5", scales(SCALES)),
     tune("dpo", "tune.method=dpo"),
     tune("unlearning", "tune.method=unlearning", "tune.lam=0.5"),
     tune("nca", "tune.method=nca"),
     tune("gft", "tune.method=gft", "tune.beta=0.5"),
     tune("ddo", "tune.method=ddo"),
+    tune("cca_cfg", "tune.lam=1", "tune.beta=1", scales(FEW)),
+    *(cca(1.0, beta) for beta in BETAS),
+    *(cca(lam, BETA) for lam in LAMBDAS),
   )
-
-
-def tiny(c):
-  """Small enough to run in seconds."""
-  c = config.shrink(c)
-  c.llamagen.update(layers=1, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
-  c.evaluation.neighbours = 3
-  return c

@@ -20,5 +20,6 @@ def get_config(arg=None):
   c.var.update(vocab=64, code_width=8, classes=10, scales=SCALES, layers=3, width=96, heads=4, mlp_width=384)
   c.var.precision = "float32"
   if arg.tiny:
+    c.vqvae.mult = (1,)
     c.var.update(layers=1, width=32, heads=2, mlp_width=64)
   return c

@@ -14,7 +14,8 @@ from research import comparison, paths, runs, writers
 from research import report as parts
 from research.config import RunConfig
 
-BASE, TURNS, COLUMNS = "model", 9, 12
+BASE, COLUMNS = "model", 12
+TURNS, MANY = 9, 4  # of timing: how often, and how many times the samples of an evaluation at once
 SHOWN = ("frechet", "kernel_distance", "class_score", "judge_accuracy", "precision", "recall", "density", "coverage")
 SHOWN += ("diversity",)
 WORDS = {
@@ -97,24 +98,31 @@ def settings(workdir: paths.Path, cfg: RunConfig) -> tuple[list[Setting], dict[s
 
 
 def sampling_cost(workdir: paths.Path, cfg: RunConfig) -> dict[str, Any]:
-  """Seconds to draw the samples of an evaluation from the base model, without guidance and with it, in turn."""
+  """What it costs to draw many images from the base model, without guidance and with it, in turn: medians.
+
+  The codes alone, without decoding, which costs both the same. processor: the time of all threads together, which
+  other programs on the machine do not lengthen.
+  """
+  if not (workdir / "checkpoints" / f"{BASE}-{cfg.seed}").is_dir():
+    return {}
   model, book = runs.load(workdir, f"{BASE}-{cfg.seed}")[1], runs.load(workdir, f"tokenizer-{cfg.seed}")[1].tokenizer
-  n = cfg.evaluation.samples
-  labels = evaluation.asked(cfg)
-  seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
+  labels = np.tile(evaluation.asked(cfg), MANY)
+  clocks = {"wall": time.perf_counter, "processor": time.process_time}
+  took: dict[tuple[str, str], list[float]] = {}
   for turn in range(TURNS + 1):
-    for scale, took in seconds.items():
-      start = time.perf_counter()
+    for name, scale in (("free", 0.0), ("guided", 1.0)):
+      started = {clock: now() for clock, now in clocks.items()}
       evaluation.draw(model, book, labels, scale, turn)
-      took.append(time.perf_counter() - start)
-  free, guided = (statistics.median(took[1:]) for took in seconds.values())  # the first compiles
-  tokens = cfg.model.tokens
+      for clock, now in clocks.items():
+        took.setdefault((clock, name), []).append(1e3 * (now() - started[clock]) / len(labels))
+  median = {key: statistics.median(ms[1:]) for key, ms in took.items()}  # the first turn compiles
+  each = lambda clock: {name: median[clock, name] for name in ("free", "guided")}
   return {
-    "samples": n,
+    "images": len(labels),
     "turns": TURNS,
-    "forward_tokens": {"free": tokens, "guided": 2 * tokens},
-    "milliseconds": {"free": 1e3 * free / n, "guided": 1e3 * guided / n},
-    "ratio": guided / free,
+    "forward_tokens": {"free": cfg.model.tokens, "guided": 2 * cfg.model.tokens},
+    "milliseconds": {clock: each(clock) for clock in clocks},
+    "ratio": {clock: median[clock, "guided"] / median[clock, "free"] for clock in clocks},
   }
 
 
@@ -122,11 +130,12 @@ def cost_table(cost: dict[str, Any]) -> str:
   """What an image costs."""
   if not cost:
     return ""
-  rows = [
-    [name, cost["forward_tokens"][key], f"{cost['milliseconds'][key]:.3f}", f"{x:.2f}"]
-    for name, key, x in (("guidance-free", "free", 1.0), ("guided", "guided", cost["ratio"]))
-  ]
-  header = ["sampling", "forward tokens an image", f"ms an image ({cost['samples']} at once)", "relative time"]
+  header, rows = ["sampling", "forward tokens an image"], []
+  for clock in cost["milliseconds"]:
+    header += [f"{clock} time, ms an image ({cost['images']:,} at once)", "relative"]
+  for key, name in (("free", "guidance-free"), ("guided", "guided")):
+    times = [(f"{ms[key]:.3f}", f"{ms[key] / ms['free']:.2f}") for ms in cost["milliseconds"].values()]
+    rows.append([name, cost["forward_tokens"][key], *sum(times, ())])
   return "\n" + parts.table(header, rows) + "\n"
 
 
@@ -144,26 +153,34 @@ def quality(found: list[Setting], reals: dict[str, Any], cost: dict[str, Any]) -
 def tradeoff(found: list[Setting], reals: dict[str, Any], cfg: RunConfig) -> Any:
   """Distance against the classifier's score, and against what the judge says; a point a setting, its bars the seeds."""
   fig, axes = parts.figure(2)
-  groups = dict(_groups(found))
+  floor = np.mean(list(reals["floor"]["frechet"].values()))
+  curves, points = [], []
+  for name, of in _groups(found):
+    (curves if len(of) > 1 else points).append((name, of))
   for ax, across in zip(axes, ("class_score", "judge_accuracy"), strict=True):
-    for i, (name, of) in enumerate(groups.items()):
+    for i, (name, of) in enumerate(curves + points):
       x, y = ([s.mean(m) for s in of] for m in (across, "frechet"))
-      bars = [np.std([list(s.values[m].values()) for s in of], axis=1) for m in (across, "frechet")]
-      mark = parts.style(i) if len(of) > 1 else parts.style(i) | {"linestyle": "none"}
-      ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], label=name, elinewidth=0.6, capsize=0, **mark | {"markersize": 5})
-      for s in of if len(of) > 1 else ():
-        at = f"{_along(name, s):g}"
-        ax.annotate(at, (s.mean(across), s.mean("frechet")), textcoords="offset points", xytext=(4, 4), fontsize=6)
-    floor = np.mean(list(reals["floor"]["frechet"].values()))
+      bars = [[np.std(list(s.values[m].values())) for s in of] for m in (across, "frechet")]
+      mark = parts.style(i) | {"markersize": 5}
+      if len(of) == 1:  # hollow, so that no mark is there twice
+        mark |= {"linestyle": "none", "markerfacecolor": "white", "markersize": 7}
+      ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], label=name, elinewidth=0.5, **mark)
+      for s in of if i < 2 and len(of) > 1 else ():
+        at, up = (s.mean(across), s.mean("frechet")), 5 if i else -10
+        text = f"{_along(name, s):g}"
+        ax.annotate(text, at, textcoords="offset points", xytext=(3, up), fontsize=6, color=mark["color"])
     ax.axhline(floor, color="grey", linewidth=1, linestyle=":", label="real training images")
     ax.set_yscale("log")
-    ax.set(xlabel=WORDS[across], ylabel=f"{WORDS['frechet']} to held-out images")
+    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_yticks([], minor=True)
+    ax.set(xlabel=WORDS[across], ylabel=WORDS["frechet"])
   axes[0].set_title("the paper's trade-off: right and down is better", fontsize=9)
   axes[1].set_title("classes as a second classifier sees them", fontsize=9)
   axes[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-  fig.set_size_inches(11.5, 4.2)
-  seeds = {seed for s in found for seed in s.values["frechet"]}
-  fig.suptitle(f"{cfg.evaluation.samples} samples each; mean and deviation over {len(seeds)} seed(s)", fontsize=10)
+  fig.set_size_inches(11.5, 4.4)
+  seeds = parts.over_seeds({s.name: s.values["frechet"] for s in found}).replace("range", "deviation")
+  fig.suptitle(f"{cfg.evaluation.samples} samples each, against held-out images: {seeds}", fontsize=10)
   return fig
 
 
@@ -206,7 +223,7 @@ def grids(workdir: paths.Path, cfg: RunConfig) -> None:
     [real.reshape(-1, COLUMNS, *real.shape[1:]), evaluation.recoded(book, real).reshape(-1, COLUMNS, *real.shape[1:])],
     1,
   )
-  parts.image_grid(workdir / "report" / "reconstructions.png", pairs.reshape(-1, *real.shape[1:]), COLUMNS, scale=4)
+  parts.image_grid(workdir / "report" / "reconstructions.png", pairs.reshape(-1, *real.shape[1:]), COLUMNS, scale=6)
   for arm, single in comparison.singles(cfg):
     if arm in held and single.seed == cfg.seed and single.task in ("model", "tune"):
       model = runs.load(workdir, f"{arm}-{cfg.seed}")[1]
@@ -219,4 +236,4 @@ def _grid(workdir, cfg, model, book, arm, scale) -> None:
   made = evaluation.decoded(book, evaluation.draw(model, book, labels, scale, cfg.seed))
   rows = [made[labels == c][:COLUMNS] for c in range(cfg.model.classes)]
   name = f"samples_{arm}" + (f"_s{scale:g}" if scale else "")
-  parts.image_grid(workdir / "report" / f"{name.replace('.', '_')}.png", np.concatenate(rows), len(rows[0]), scale=4)
+  parts.image_grid(workdir / "report" / f"{name.replace('.', '_')}.png", np.concatenate(rows), len(rows[0]), scale=6)
