@@ -30,7 +30,9 @@ def terms(exp):
   return set(jax.eval_shape(exp.loss, model, batch, jax.eval_shape(jax.random.key, 0)))
 
 
-@pytest.mark.parametrize("spec", ["pixels=8", "pixels=32,channels=3,classes=7", "pixels=64,tiny", "pixels=256,channels=3"])
+@pytest.mark.parametrize(
+  "spec", ["pixels=8", "pixels=32,channels=3,classes=7", "pixels=64,tiny", "pixels=256,channels=3"]
+)
 def test_every_size_fits_together(spec):
   with small.use():
     assert terms(experiment(spec)) == {"loss", "pixels", "codes"}
