@@ -36,6 +36,8 @@ def get_config(arg=None):
   c.steps, c.batch = steps, batch
   c.eval_every, c.checkpoint.every, c.log_every = steps // 10, steps // 10, steps // 40
   c.tx.update(lr=2e-3 if arg.pixels == 8 else 1e-4, warmup=20, schedule="cosine", b2=0.95, weight_decay=0.05)
-  c = config.shrink(c) if arg.tiny else c
+  if arg.tiny:
+    c = config.shrink(c)
+    c.vqvae.update(channels=32, blocks=1)
   c.length = book.tokens
   return c
