@@ -37,6 +37,7 @@ class Config(RunConfig):
   vq: VQConfig = VQConfig()
   vqvae: VQVAEConfig = VQVAEConfig()
   reconstruction: TokenizerLoss = TokenizerLoss(perceptual=0.0, adversarial=0.0)
+  features: str = ""  # module:function of the perceptual term, images -> maps: docs/tokenizers.md
   revival: Revival = Revival()
   classifier: ClassifierConfig = ClassifierConfig()
   tune: TuningConfig = TuningConfig()

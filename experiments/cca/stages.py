@@ -7,6 +7,7 @@ name: "tokenizer" makes the codes, "classifier" and "judge" measure samples.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from research.models.llamagen import LlamaGen
 from research.models.var import VAR
 from research.models.vq import VQ
 from research.models.vqvae import VQVAE
+from research.nn.precision import POLICIES
 from research.tokenizer_training import Trained
 
 MODELS = {"llamagen": (LlamaGen, VQ), "var": (VAR, VQVAE)}
@@ -43,13 +45,26 @@ def tokenizer(cfg: Any) -> Experiment:
     keys = jax.random.split(key)
     adversary = None
     if cfg.reconstruction.adversarial:
-      policy = tokenizer_training.POLICIES[cfg.tokenizer.precision]
+      policy = POLICIES[cfg.tokenizer.precision]
       adversary = tokenizer_training.PatchDiscriminator(keys[1], policy, cfg.data.channels)
     return Trained(make(keys[0], cfg.tokenizer, cfg.mesh.partition), adversary)
 
-  loss = functools.partial(tokenizer_training.loss, weights=cfg.reconstruction)
+  loss = functools.partial(tokenizer_training.loss, weights=cfg.reconstruction, features=_maps(cfg))
   step = functools.partial(tokenizer_training.train_step, revival=cfg.revival)
   return _on_images(cfg, init, loss, train_step=step)
+
+
+def _maps(cfg: Any) -> Callable | None:
+  """The feature network of the perceptual term."""
+  weight, name = cfg.reconstruction.perceptual, cfg.features
+  if not weight:
+    return None
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError):
+    fix = f"reconstruction.perceptual={weight:g} needs a function images -> maps as module:function; docs/tokenizers.md"
+    raise UserError("features", name or "''", fix) from None
 
 
 def classify(cfg: Any) -> Experiment:
