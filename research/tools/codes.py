@@ -111,9 +111,10 @@ def _write_split(source: images.Images, split: str, entry: dict, tokenizer, root
   views = VIEWS[args.views][: entry["views"]]
   at_once = max(args.batch * jax.device_count() // len(views), 1)
   # disable=None: shown to people only, on a terminal
-  with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-    desc=f"{split}, encoded", total=len(source), initial=entry["cursor"], unit="image", disable=None
-  ) as bar:
+  with (
+    ThreadPoolExecutor(os.cpu_count()) as pool,
+    tqdm(desc=f"{split}, encoded", total=len(source), initial=entry["cursor"], unit="image", disable=None) as bar,
+  ):
     waiting = None
     for chunk in _chunks(source, entry["cursor"], size, views, at_once, pool):
       # encoded while the next images are read, written after that
