@@ -81,8 +81,23 @@ def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int
   """(codes int32 [n, tokens], images float32 NHWC in [-1, 1]) of a model for `labels`, under guidance of a scale."""
   if isinstance(model, LlamaGen):
     made = image_generation.llamagen_tokens(model, labels, guidance=1 + scale, seed=seed)
-    return made, in_parts(_decode, tokenizer, made)
+    return made, decoded(tokenizer, made)
   return image_generation.var_images(model, tokenizer, labels, guidance=scale, seed=seed)
+
+
+def decoded(tokenizer: Any, codes: np.ndarray) -> np.ndarray:
+  """Codes int32 [n, tokens] -> images float32 NHWC in [-1, 1]."""
+  return in_parts(_decode, tokenizer, codes)
+
+
+def recoded(tokenizer: Any, x: np.ndarray) -> np.ndarray:
+  """Images float32 NHWC in [-1, 1], encoded and decoded."""
+  return decoded(tokenizer, in_parts(_encode, tokenizer, x))
+
+
+def asked(cfg: Any) -> np.ndarray:
+  """int32 [evaluation.samples]: the classes asked for, each as often as the others."""
+  return (np.arange(cfg.evaluation.samples) % cfg.model.classes).astype(np.int32)
 
 
 def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, float]:
@@ -94,8 +109,7 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
   how = cfg.evaluation
   arms = [str(sibling(name)) for name in ("tokenizer", "classifier", "judge")]
   known = _known(*arms, cfg.data, jax.sharding.get_mesh())
-  classes = cfg.model.classes
-  labels = (np.arange(how.samples) % classes).astype(np.int32)
+  labels = asked(cfg)
   drawn = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed)[1] for s in how.scales}
   sets = {name: (x, labels) for name, x in drawn.items()} | {"codes": known.coded}
   features, found = {}, {}
@@ -133,7 +147,7 @@ def _known(tokenizer: str, classifier: str, judge: str, cfg: images.ImageConfig,
   pixels = np.random.default_rng(0).permuted(held_out.reshape(len(held_out), -1), axis=1).reshape(held_out.shape)
   features = tuple(in_parts(_opinion, seen, x)[0] for x in (of["train"]["images"], held_out, pixels))
   n, book = len(held_out), trained(tokenizer).tokenizer
-  coded = in_parts(_decode, book, codes(tokenizer, cfg)["train"]["codes"][:n])
+  coded = decoded(book, codes(tokenizer, cfg)["train"]["codes"][:n])
   return Known(book, seen, trained(judge), of, features, (coded, of["train"]["labels"][:n]))
 
 

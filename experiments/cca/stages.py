@@ -5,6 +5,7 @@ name: "tokenizer" makes the codes, "classifier" and "judge" measure samples.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,7 @@ from experiments.cca.classifier import Classifier
 from research import data, flops, optim, tokenizer_training
 from research.data import images
 from research.errors import UserError, check
-from research.fit import Experiment
+from research.fit import Experiment, to_devices
 from research.kernels.dispatch import place
 from research.mesh import BATCH, batch_shard
 from research.metrics import Mean
@@ -79,7 +80,12 @@ def tune(cfg: Any) -> Experiment:
   check(not fakes or cfg.init_from.startswith("arm:"), "init_from", cfg.init_from or "''", fix)
   # forward and backward of pairs, and forward of pairs by the reference; gft: of rows, and forward without a class
   cost = 2 + 2 / 3 if cfg.tune.has_reference else 4 / 3
-  return _on_codes(cfg, loss, cost, reference=cfg.tune.has_reference, fakes=fakes)
+  exp = _on_codes(cfg, loss, cost, reference=cfg.tune.has_reference, fakes=fakes)
+
+  def check_start(model, reference):
+    tuning.self_check(model, to_devices(next(iter(exp.data("train")))), reference, cfg=cfg.tune)
+
+  return dataclasses.replace(exp, check_start=check_start)
 
 
 TASKS = {"tokenizer": tokenizer, "classifier": classify, "model": model, "tune": tune}

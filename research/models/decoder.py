@@ -5,13 +5,12 @@ from typing import Any, Protocol
 
 from flax import nnx
 import jax
-from jax import P
 from jax import numpy as jnp
 
 from research.errors import check
-from research.kernels.cross_entropy.api import cross_entropy
-from research.kernels.dispatch import place, platform, reshape_rows
-from research.mesh import BATCH, HIDDEN, TOKENS, Partition
+from research.kernels.cross_entropy.api import cross_entropy, row_cross_entropy
+from research.kernels.dispatch import platform
+from research.mesh import HIDDEN, Partition
 from research.metrics import Mean
 from research.nn.init import fan_in
 from research.nn.precision import POLICIES, Policy
@@ -104,30 +103,13 @@ def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
-def row_log_likelihood(
-  x: jax.Array, weight: jax.Array, tokens: jax.Array, bias: jax.Array | None = None, chunk: int = 64
-) -> jax.Array:
+def row_log_likelihood(x: jax.Array, weight: jax.Array, tokens: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """log p of each row of `tokens` int32 [batch, length], float32 [batch]: a sum over its tokens, in nats.
 
-  x [batch, length, width]: final hidden states; logits are x @ weight [width, vocab] + bias [vocab]. They are there for
-  `chunk` tokens a row at a time only, and made again for the gradients.
+  x [batch, length, width]: final hidden states; logits are x @ weight [width, vocab] + bias [vocab]. Those of a few
+  tokens are there at a time, also for the gradients.
   """
-  length = tokens.shape[1]
-  chunk = min(chunk, length)
-  x, tokens = place(x, HIDDEN), place(tokens, TOKENS)
-  pad = -length % chunk
-  x, tokens = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(tokens, ((0, 0), (0, pad)), constant_values=-1)
-  cut = lambda z: jnp.moveaxis(reshape_rows(z, -(-length // chunk), chunk, *z.shape[2:]), 1, 0)
-
-  @jax.checkpoint
-  def part(total, piece):
-    x, tokens = piece
-    logits = unembed(x, weight)
-    logits = logits if bias is None else logits + bias.astype(jnp.float32)
-    return total + jnp.sum(jnp.where(tokens >= 0, log_likelihood(logits, tokens), 0), axis=1), None
-
-  zeros = place(jnp.zeros(len(tokens), jnp.float32), P(BATCH))
-  return jax.lax.scan(part, zeros, (cut(x), cut(tokens)))[0]
+  return -row_cross_entropy(x, weight, tokens, jnp.ones_like(tokens, jnp.float32), bias)
 
 
 def over_layers(f: Callable, x: Any, xs: Any, layer_loop: str) -> tuple[Any, Any]:

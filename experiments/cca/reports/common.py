@@ -1,4 +1,4 @@
-"""The arms' names in words."""
+"""Names of arms and losses in words."""
 
 _NAMES = {
   "cca": "CCA",
