@@ -1,4 +1,4 @@
-"""Codes of images as shards: `python -m research.tools.codes --source=folder:DIR --tokenizer=PATH --size=384 --out=DIR`.
+"""Codes of images as shards: `python -m research.tools.codes --source=folder:DIR --tokenizer=PATH --size=256 --out=DIR`.
 
 The source is any that docs/data.md names for images; the tokenizer one of published weights (LlamaGen's or VAR's), or
 of a workdir. Every image is encoded once, in all of its views. When interrupted, even by SIGKILL, the same
@@ -26,7 +26,7 @@ from research.fit import to_devices
 from research.tools import writing
 
 # by name, which of `images.ten_crops` an image is encoded in; validation images in the first alone
-VIEWS = {"centre": (4,), "mirrored": (4, 9), "ten": (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)}
+VIEWS = {"centre": (4,), "mirrored": (4, 9), "five": (4, 0, 1, 2, 3), "ten": (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)}
 
 
 def main() -> None:
