@@ -57,7 +57,12 @@ def _check(about: dict[str, Any], cfg: Any) -> None:
   """Raises UserError unless the codes of a manifest are such as the model writes."""
   source, model, book = cfg.codes.source, cfg.model, about["tokenizer"]
   kind = {"llamagen": "VQ", "var": "VQVAE"}[cfg.backbone]
-  check(book["kind"] == kind, "codes.source", source, f"holds codes of a {book['kind']}; {cfg.backbone} has those of a {kind}")
+  check(
+    book["kind"] == kind,
+    "codes.source",
+    source,
+    f"holds codes of a {book['kind']}; {cfg.backbone} has those of a {kind}",
+  )
   theirs = {"vocab": book["vocab"], "tokens": about["tokens"], "classes": len(about["classes"])}
   ours = {name: getattr(model, name) for name in theirs}
   if kind == "VQVAE":

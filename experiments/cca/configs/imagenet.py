@@ -82,11 +82,13 @@ def tiny(c):
   """A model of a few thousand numbers, and codes of 4 x 4 that an arm `tokenizer` makes of digits."""
   book = {"latent": 32, "channels": 32, "mult": (2, 1), "blocks": 1}
   c.vq.update(vocab=64, code_width=8, **book)
-  c.llamagen.update(vocab=64, classes=10, tokens=16, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=192)
+  c.llamagen.update(
+    vocab=64, classes=10, tokens=16, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=192
+  )
   c.vqvae = config.as_configdict(VQVAEConfig(vocab=32, code_width=8, scales=(1, 2, 3, 4), **book | {"latent": 8}))
   c.var.update(vocab=32, code_width=8, classes=10, scales=(1, 2, 3, 4), width=48, layers=2, heads=3, mlp_width=192)
   c.length = 16 if c.backbone == "llamagen" else 30
   c.data.update(source="digits", size=8)
   c.codes.source, c.only = "", ()
-  c.arms = (("tokenizer", "task=tokenizer"), *c.arms)
+  c.arms = (("tokenizer", "task=tokenizer"), ("cca",))
   return config.shrink(c)

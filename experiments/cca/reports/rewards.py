@@ -28,7 +28,5 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   if arms:
     axes[0].legend(fontsize=8)
     axes[0].set_title(parts.over_seeds(found["loss"]), fontsize=10)
-  rows = [
-    [label(arm), *(parts.spread(list(ended[name][arm].values())) for name in MEASURES)] for arm in arms
-  ]
+  rows = [[label(arm), *(parts.spread(list(ended[name][arm].values())) for name in MEASURES)] for arm in arms]
   parts.finish(workdir, fig, "rewards.png", parts.table(["arm", *MEASURES], rows))
