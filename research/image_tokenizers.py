@@ -11,7 +11,7 @@ from jax import P
 from jax import numpy as jnp
 import numpy as np
 
-from research import runs
+from research import paths, runs
 from research.errors import check
 from research.kernels.dispatch import place, reshape_rows
 from research.mesh import BATCH
@@ -33,6 +33,8 @@ def load(path: str | os.PathLike, run: str | None = None, scales: Sequence[int] 
     fix = f"is a {weights.family.name}; give the tokenizer's weights"
     check(weights.family.make in (VQ, VQVAE), "tokenizer", path, fix)
     return convert.load(weights, precision="float32")[1]
+  fix = "no such file or directory; give weights, or the workdir of a run"
+  check(paths.parse(path, "tokenizer").is_dir(), "tokenizer", path, fix)
   model = runs.load(path, run)[1]
   found = getattr(model, "tokenizer", model)  # as it is trained, with more beside it
   fix = f"holds a {type(model).__name__}; give the run that trained a tokenizer"

@@ -1,4 +1,4 @@
-"""Codes of images as shards: `python -m research.tools.codes --source=folder:DIR --tokenizer=PATH --size=256 --out=DIR`.
+"""Codes of images as shards: `python -m research.tools.codes --source=folder:DIR --tokenizer=PATH --size=8 --out=DIR`.
 
 The source is any that docs/data.md names for images; the tokenizer one of published weights (LlamaGen's or VAR's), or
 of a workdir. Every image is encoded once, in all of its views. When interrupted, even by SIGKILL, the same

@@ -1,8 +1,8 @@
-"""Samples against real images: `python -m research.tools.frechet --samples=S.npz --reference=R.npz --features=MODULE:NAME`.
+"""Samples against real images: `python -m research.tools.frechet --samples=S.npz --reference=R.npz --features=M:NAME`.
 
-NAME is your function: uint8 images [n, height, width, channels] -> float features [n, d]. Files may also hold `features`
-[n, d] that you have computed, and a reference `mu` [d] and `sigma` [d, d], as published statistics do; images are `arr_0`.
-With Inception's features (yours: its weights come with nothing here) the distance is an FID, and called so where
+M:NAME is your module and its function: uint8 images [n, height, width, channels] -> float features [n, d]. Files may
+also hold `features` [n, d] that you have computed, and a reference `mu` [d] and `sigma` [d, d], as published
+statistics do; images are `arr_0`. With Inception's features (yours: its weights come with nothing here) the distance is an FID, and called so where
 `--inception` says whose Inception it is; with any other it is a Fréchet distance of those features alone.
 """
 

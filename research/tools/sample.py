@@ -1,7 +1,7 @@
-"""Images from a model: `python -m research.tools.sample --weights=c2i_L_384.pt --tokenizer=vq_ds16_c2i.pt --out=FILE.npz`.
+"""Images from a model: `python -m research.tools.sample --weights=c2i.pt --tokenizer=vq.pt --out=FILE.npz`.
 
-The model and its tokenizer are published weights or workdirs of ours. Writes uint8 `arr_0` [n, size, size, channels], as the
-usual evaluators read it, beside `labels`, `codes` and the settings as JSON; `--grid` adds a PNG. Scales of
+The model and its tokenizer are published weights or workdirs of ours. Writes uint8 `arr_0` [n, size, size, channels], as
+the usual evaluators read it, beside `labels`, `codes` and the settings as JSON; `--grid` adds a PNG. Scales of
 guidance are those of the papers on it: logits (1 + s) class - s null, 0 for none. That is 1 + s in
 LlamaGen's released code; VAR's grows from 0 at the first scale to s at the last.
 """
@@ -130,7 +130,7 @@ def choose_labels(args: argparse.Namespace, classes: int) -> np.ndarray:
 
 
 def draw(model, tokenizer, labels: np.ndarray, scale: float, sampling: Sampling, seed: int, batch: int):
-  """(codes int32 [n, tokens], images float32 [n, size, size, channels] in [-1, 1]), `batch` at a time in one program."""
+  """(codes int32 [n, tokens], images float32 [n, size, size, channels] in [-1, 1]), `batch` at a time."""
   parts = []
   for at in range(0, len(labels), batch):
     rows = labels[at : at + batch]

@@ -25,7 +25,7 @@ CONFIG = "experiments/cca/configs/imagenet.py"
 # the option of the config, the released layout of model and tokenizer
 BACKBONES = {
   "llamagen": ("llamagen_l", GOLDENS / "llamagen_gpt_mha" / "c2i_tiny.pt", GOLDENS / "llamagen_vq"),
-  "var": ("var_d20", GOLDENS / "var_l2norm" / "weights.safetensors", GOLDENS / "var_vqvae" / "vae_tiny.pt"),
+  "var": ("var_d20", GOLDENS / "var_l2norm" / "weights.safetensors", GOLDENS / "var_vqvae" / "vae_tiny.pth"),
 }
 LAM = {"llamagen": 300, "var": 50}
 slow_var = pytest.mark.parametrize("backbone", ["llamagen", pytest.param("var", marks=pytest.mark.slow)])
@@ -196,4 +196,5 @@ def test_the_settings_are_those_of_the_papers_table():
 def test_the_learning_rate_of_var_warms_up_holds_and_falls_to_its_end():
   cfg = config.load(f"{CONFIG}:var_d24")
   lr = optim.schedule(cfg.tx, cfg.steps)
-  assert [round(float(lr(step)) / 2e-5, 2) for step in (99, 250, 2627, 5004)] == [1.0, 1.0, 0.51, 0.01]
+  shares = [float(lr(step)) / 2e-5 for step in (99, 250, 2627, 5004)]
+  assert shares == pytest.approx([1, 1, 0.505, 0.01], abs=1e-3)

@@ -144,7 +144,7 @@ def test_images_added_to_the_source_are_noticed(written, pictures, monkeypatch, 
   [
     (["--size=9"], "image=9x9: height and width must be multiples of 2"),
     (["--tokenizer", str(GOLDENS / "llamagen_gpt_mha")], "give the tokenizer's weights"),
-    (["--tokenizer=/nowhere"], "/nowhere"),
+    (["--tokenizer=/nowhere.pt"], r"tokenizer=/nowhere\.pt: no such file"),
     (["--source=folder:/nowhere"], "no such directory"),
     (["--batch=0"], "batch=0"),
     (["--scales=1,x"], "scales"),

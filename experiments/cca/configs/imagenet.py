@@ -1,6 +1,6 @@
 """The paper's runs on ImageNet, from the released models: `:llamagen_b|l|xl|xxl|3b`, `:var_d16|d20|d24|d30`.
 
-One epoch of CCA over 1,281,167 images, in batches of 256 (arXiv 2410.09347, appendix, and its released commands); the arm
+One epoch of CCA over 1,281,167 images, in batches of 256 (arXiv 2410.09347, appendix, and its commands); the arm
 `cca_cfg` is the paper's setting for CCA with guidance, `--config.only=cca_cfg`. LlamaGen writes 24 x 24 codes of
 384 pixels, VAR 680 of 256. Nothing is downloaded: the weights are files that you have, the codes made by our command:
 
@@ -13,10 +13,10 @@ One epoch of CCA over 1,281,167 images, in batches of 256 (arXiv 2410.09347, app
   python -m experiments.cca --config=experiments/cca/configs/imagenet.py:var_d24 --config.init_from=var_d24.pth \\
     --config.codes.source=codes:CODES --config.codes.tokenizer=vae_ch160v4096z32.pth
 
-Other than published: mismatched classes come from the whole batch, not from 2 to 8 rows of a device; bfloat16 where VAR has
-float16; d30's weight decay stays 0.05 (there to 0.08); VAR's images in five crops, not any; gradients are means
-over the batch (the LlamaGen script adds up micro-batches before it clips). `:tiny` trains a tokenizer of digits, and tunes
-a model that is random.
+Other than published: mismatched classes come from the whole batch, not from 2 to 8 rows of a device; bfloat16 where VAR
+has float16; d30's weight decay stays 0.05 (there to 0.08); VAR's images in five crops, not any; gradients are means over
+the batch (LlamaGen's script adds up micro-batches before it clips). `:tiny` trains a tokenizer of digits, and
+tunes a model that is random.
 Cost: a pod, see docs/pods.md; 4 forward passes and 2 backward an image.
 """
 
