@@ -96,7 +96,7 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
     jobs.append((arm, single, mesh, exp, starts))
   same_everywhere(cfg, {arm: exp.info() for arm, _, _, exp, _ in jobs})
   with lock(workdir):
-    done = [Checkpoints(checkpoint_dir(workdir, *single)).steps()[-1:] == [cfg.steps] for single in singles]
+    done = [Checkpoints(checkpoint_dir(workdir, arm, one)).steps()[-1:] == [one.steps] for arm, one in singles]
     info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
     manifest.open_workdir(workdir, cfg, spec, overrides, info, trains=not all(done))
     for arm, single, mesh, exp, start in jobs:

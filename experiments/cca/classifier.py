@@ -19,13 +19,15 @@ from research.nn.precision import POLICIES
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-  """channels: of each level, which halves the image. features: numbers an image before the last layer. Raises UserError."""
+  """channels: of each level, which halves the image. features: before the last layer. Raises UserError."""
 
   channels: tuple[int, ...] = (32, 64)
   features: int = 24
 
   def __post_init__(self):
-    check(len(self.channels) >= 1 and min(self.channels) >= 1, "channels", self.channels, "needs a positive number or more")
+    check(
+      len(self.channels) >= 1 and min(self.channels) >= 1, "channels", self.channels, "needs a positive number or more"
+    )
     check(self.features >= 1, "features", self.features, "must be at least 1")
 
   def check_image(self, size: int) -> None:

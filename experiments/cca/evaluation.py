@@ -15,6 +15,7 @@ from research import image_generation, runs
 from research.data import images
 from research.data.text import SPLITS
 from research.errors import check
+from research.evals import image_likelihood
 from research.evals import images as measures
 from research.fit import to_devices
 from research.kernels.dispatch import reshape_rows
@@ -67,22 +68,22 @@ def codes(tokenizer: str, cfg: images.ImageConfig) -> dict[str, dict[str, np.nda
   return _codes(tokenizer, cfg, jax.sharding.get_mesh())
 
 
-def fakes(model: str, tokenizer: str, cfg: images.ImageConfig, seed: int) -> dict[str, np.ndarray]:
-  """Codes that a model draws for the labels of the training images, and for VAR inputs, as rows beside theirs."""
-  labels = real(cfg)["train"]["labels"]
-  made = draw(trained(model), trained(tokenizer).tokenizer, labels, 0.0, seed)[0]
-  out = {"fakes": made}
-  if isinstance(trained(tokenizer).tokenizer, VQVAE):
-    out["fake_inputs"] = in_parts(_inputs, trained(tokenizer).tokenizer, made)
+def fakes(model: str, tokenizer: str, cfg: images.ImageConfig, seed: int) -> dict[str, dict[str, np.ndarray]]:
+  """{split: codes that a model draws for the labels of its images, and for VAR inputs}: beside the rows of `codes`."""
+  out, book = {}, trained(tokenizer).tokenizer
+  for i, (split, rows) in enumerate(real(cfg).items()):
+    made = draw(trained(model), book, rows["labels"], 0.0, 2 * seed + i)
+    out[split] = {"fakes": made}
+    if isinstance(book, VQVAE):
+      out[split]["fake_inputs"] = in_parts(_inputs, book, made)
   return out
 
 
-def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """(codes int32 [n, tokens], images float32 NHWC in [-1, 1]) of a model for `labels`, under guidance of a scale."""
+def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int) -> np.ndarray:
+  """Codes int32 [n, tokens] of a model for `labels`, under guidance of a scale."""
   if isinstance(model, LlamaGen):
-    made = image_generation.llamagen_tokens(model, labels, guidance=1 + scale, seed=seed)
-    return made, decoded(tokenizer, made)
-  return image_generation.var_images(model, tokenizer, labels, guidance=scale, seed=seed)
+    return image_generation.llamagen_tokens(model, labels, guidance=1 + scale, seed=seed)
+  return image_generation.var_tokens(model, tokenizer, labels, guidance=scale, seed=seed)
 
 
 def decoded(tokenizer: Any, codes: np.ndarray) -> np.ndarray:
@@ -110,7 +111,8 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
   arms = [str(sibling(name)) for name in ("tokenizer", "classifier", "judge")]
   known = _known(*arms, cfg.data, jax.sharding.get_mesh())
   labels = asked(cfg)
-  drawn = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed)[1] for s in how.scales}
+  made = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed) for s in how.scales}
+  drawn = {name: decoded(known.tokenizer, x) for name, x in made.items()}
   sets = {name: (x, labels) for name, x in drawn.items()} | {"codes": known.coded}
   features, found = {}, {}
   for name, (x, of) in sets.items():
@@ -122,6 +124,26 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
   found[first] |= measures.copies(*(flat(known.real[split]["images"]) for split in SPLITS), flat(drawn[first]))
   compared = measures.compare(*known.features, features, k=how.neighbours)
   return {f"{name}/{k}": v for name in compared for k, v in (compared[name] | found.get(name, {})).items()}
+
+
+def likelihood(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, float]:
+  """`image_likelihood.measures` of the held-out images; rewards are over the arm that `init_from` names."""
+  arms = (str(sibling("tokenizer")), cfg.data)
+  start = str(sibling(cfg.init_from.removeprefix("arm:"))) if cfg.init_from.startswith("arm:") else None
+  before = None if start is None else _log_p(start, *arms, jax.sharding.get_mesh())
+  labels = real(cfg.data)["validation"]["labels"]
+  return image_likelihood.measures(_of_every_class(model, *arms), labels, cfg.model.tokens, before)
+
+
+def _of_every_class(model, tokenizer, cfg):
+  book = trained(tokenizer).tokenizer
+  of = codes(tokenizer, cfg)["validation"]["codes"]
+  return image_likelihood.of_every_class(model, of, tokenizer=book if isinstance(book, VQVAE) else None)
+
+
+@functools.lru_cache(maxsize=2)
+def _log_p(model: str, tokenizer: str, cfg: images.ImageConfig, mesh: Any) -> np.ndarray:
+  return _of_every_class(trained(model), tokenizer, cfg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +202,8 @@ def in_parts(f: Callable, model: Any, x: np.ndarray) -> Any:
     rows = x[start : start + _ROWS]
     filled = np.concatenate([rows, np.repeat(rows[:1], _ROWS - len(rows), axis=0)])
     made = jax.device_get(jax.block_until_ready(f(model, to_devices({"x": filled})["x"])))
-    parts.append(jax.tree.map(lambda y, n=len(rows): y[:n], made))
+    kept = len(rows)
+    parts.append(jax.tree.map(lambda y, kept=kept: y[:kept], made))
   return jax.tree.map(lambda *y: np.concatenate(y), *parts)
 
 

@@ -18,6 +18,7 @@ from experiments.cca import classifier, code_shards, evaluation, tuning
 from experiments.cca.classifier import Classifier
 from research import data, flops, optim, tokenizer_training
 from research.data import images
+from research.data.text import SPLITS
 from research.errors import UserError, check
 from research.fit import Experiment, to_devices
 from research.kernels.dispatch import place
@@ -94,7 +95,9 @@ TASKS = {"tokenizer": tokenizer, "classifier": classify, "model": model, "tune":
 def _on_images(cfg: Any, init: Callable, loss: Callable, **parts: Any) -> Experiment:
   """What is trained on images float32 [batch, size, size, channels] in [-1, 1], labels and weights."""
   picture = (cfg.batch, cfg.data.size, cfg.data.size, cfg.data.channels)
-  row = {name: jax.ShapeDtypeStruct((cfg.batch,), dtype) for name, dtype in (("labels", "int32"), ("weights", "float32"))}
+  row = {
+    name: jax.ShapeDtypeStruct((cfg.batch,), dtype) for name, dtype in (("labels", "int32"), ("weights", "float32"))
+  }
   batch = {"images": jax.ShapeDtypeStruct(picture, jnp.float32), **row}
   found = functools.cache(functools.partial(load, cfg))
 
@@ -123,28 +126,32 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
   _check_codes(cfg)
   mesh = dict(jax.sharding.get_abstract_mesh().shape)
   cfg.model.check_mesh(mesh, cfg.mesh.partition)
-  per_token = transformer.flops_per_token(cfg.model, cfg.length) if cfg.backbone == "llamagen" else var.flops_per_token(cfg.model)
+  per_token = (
+    transformer.flops_per_token(cfg.model, cfg.length) if cfg.backbone == "llamagen" else var.flops_per_token(cfg.model)
+  )
   found, made = functools.cache(functools.partial(load, cfg)), {}
   shapes = tuning.batch_shapes(cfg.tune, cfg.model, cfg.batch)
 
   def prepare(sibling):
+    count = jax.process_count()
+    check(count == 1, "num_processes", count, "codes and samples of other arms' models are made by one process alone")
     made["sibling"] = sibling
 
   @functools.cache
   def coded():
-    codes = evaluation.codes(str(made["sibling"]("tokenizer")), cfg.data)
+    book = str(made["sibling"]("tokenizer"))
+    parts = [evaluation.codes(book, cfg.data)]
     if fakes:
       start = str(made["sibling"](cfg.init_from.removeprefix("arm:")))
-      codes = codes | {"train": codes["train"] | evaluation.fakes(start, str(made["sibling"]("tokenizer")), cfg.data, cfg.seed)}
-    return codes
+      parts.append(evaluation.fakes(start, book, cfg.data, cfg.seed))
+    return {split: {name: x for part in parts for name, x in part[split].items()} for split in SPLITS}
 
   def rows(split):
     kept = {name: coded()[split][name] for name in shapes}
     return _batches(cfg, Rows(kept), split)
 
-  def samples(model):
-    return evaluation.measure(model, made["sibling"], cfg)
-
+  measured = {"samples": evaluation.measure, "likelihood": evaluation.likelihood}
+  evals = {name: lambda model, f=f: f(model, made["sibling"], cfg) for name, f in measured.items()}
   make = MODELS[cfg.backbone][0]
   exp = Experiment(
     init=lambda key: make(key, cfg.model, cfg.mesh.partition),
@@ -152,7 +159,7 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
     data=rows,
     batch=lambda: shapes,
     tx=optim.make(cfg.tx, cfg.steps),
-    evals={"samples": samples} if cfg.evaluation.samples else {},
+    evals=evals if cfg.evaluation.samples else {},
     flops_per_token={name: cost * x for name, x in per_token.items()},
     info=lambda: found().info(),
     reference=reference,
@@ -202,7 +209,9 @@ def load(cfg: Any) -> images.ImageData:
   classes = len(found.classes)
   check(classes == cfg.model.classes, f"{cfg.backbone}.classes", cfg.model.classes, f"{cfg.data.source} has {classes}")
   rows = len(found.splits["validation"])
-  check(rows >= cfg.batch, "batch", cfg.batch, f"{cfg.data.source} has {rows} images for validation; use at most as many")
+  check(
+    rows >= cfg.batch, "batch", cfg.batch, f"{cfg.data.source} has {rows} images for validation; use at most as many"
+  )
   return found
 
 
@@ -216,9 +225,19 @@ def _check_codes(cfg: Any) -> None:
   """Raises UserError unless images, codes and model fit together."""
   ours, book = cfg.model, cfg.tokenizer
   name, other = ("llamagen", "vq") if cfg.backbone == "llamagen" else ("var", "vqvae")
-  check(cfg.data.channels == book.image_channels, f"{other}.image_channels", book.image_channels, f"data has {cfg.data.channels}")
+  check(
+    cfg.data.channels == book.image_channels,
+    f"{other}.image_channels",
+    book.image_channels,
+    f"data has {cfg.data.channels}",
+  )
   side = cfg.data.size
-  check(side % book.downsample == 0, "data.size", side, f"must be a multiple of {book.downsample}: {other}.mult halves so often")
+  check(
+    side % book.downsample == 0,
+    "data.size",
+    side,
+    f"must be a multiple of {book.downsample}: {other}.mult halves so often",
+  )
   check(book.vocab == ours.vocab, f"{other}.vocab", book.vocab, f"must be {name}.vocab, {ours.vocab}")
   if name == "var":
     for field in ("code_width", "scales"):

@@ -1,4 +1,4 @@
-"""The paper's trade-off on images: how real samples are against how sure a classifier is of them, and what they cost."""
+"""The paper's trade-off on images: how real samples are, how sure a classifier is of them, and what they cost."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -6,7 +6,6 @@ import statistics
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.cca import evaluation
@@ -76,7 +75,9 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     print(f"\nheld-out squared error of the tokenizer: {pixels}\nresults: {workdir / 'report' / 'results.json'}")
     return
   print(cost_table(cost))
-  print(parts.table(["classifier", "held-out accuracy"], [[a, parts.spread(list(v.values()))] for a, v in accuracy.items()]))
+  print(
+    parts.table(["classifier", "held-out accuracy"], [[a, parts.spread(list(v.values()))] for a, v in accuracy.items()])
+  )
   parts.finish(workdir, tradeoff(found, reals, cfg), "tradeoff.png", quality(found, reals, cost))
 
 
@@ -201,7 +202,10 @@ def grids(workdir: paths.Path, cfg: RunConfig) -> None:
     return
   book = runs.load(workdir, f"tokenizer-{cfg.seed}")[1].tokenizer
   real = evaluation.real(cfg.data)["validation"]["images"][: 5 * COLUMNS]
-  pairs = np.stack([real.reshape(-1, COLUMNS, *real.shape[1:]), evaluation.recoded(book, real).reshape(-1, COLUMNS, *real.shape[1:])], 1)
+  pairs = np.stack(
+    [real.reshape(-1, COLUMNS, *real.shape[1:]), evaluation.recoded(book, real).reshape(-1, COLUMNS, *real.shape[1:])],
+    1,
+  )
   parts.image_grid(workdir / "report" / "reconstructions.png", pairs.reshape(-1, *real.shape[1:]), COLUMNS, scale=4)
   for arm, single in comparison.singles(cfg):
     if arm in held and single.seed == cfg.seed and single.task in ("model", "tune"):
@@ -212,8 +216,7 @@ def grids(workdir: paths.Path, cfg: RunConfig) -> None:
 
 def _grid(workdir, cfg, model, book, arm, scale) -> None:
   labels = evaluation.asked(cfg)
-  made = evaluation.draw(model, book, labels, scale, cfg.seed)[1]
+  made = evaluation.decoded(book, evaluation.draw(model, book, labels, scale, cfg.seed))
   rows = [made[labels == c][:COLUMNS] for c in range(cfg.model.classes)]
   name = f"samples_{arm}" + (f"_s{scale:g}" if scale else "")
   parts.image_grid(workdir / "report" / f"{name.replace('.', '_')}.png", np.concatenate(rows), len(rows[0]), scale=4)
-
