@@ -2,8 +2,9 @@
 
 M:NAME is your module and its function: uint8 images [n, height, width, channels] -> float features [n, d]. Files may
 also hold `features` [n, d] that you have computed, and a reference `mu` [d] and `sigma` [d, d], as published
-statistics do; images are `arr_0`. With Inception's features (yours: its weights come with nothing here) the distance is an FID, and called so where
-`--inception` says whose Inception it is; with any other it is a Fréchet distance of those features alone.
+statistics do; images are `arr_0`. With Inception's features (yours: its weights come with nothing here) the distance is
+an FID, and called so where `--inception` says whose Inception it is; with any other it is a Fréchet distance of
+those features alone.
 """
 
 import argparse

@@ -14,8 +14,8 @@ One epoch of CCA over 1,281,167 images, in batches of 256 (arXiv 2410.09347, app
     --config.codes.source=codes:CODES --config.codes.tokenizer=vae_ch160v4096z32.pth
 
 Other than published: mismatched classes come from the whole batch, not from 2 to 8 rows of a device; bfloat16 where VAR
-has float16; d30's weight decay stays 0.05 (there to 0.08); VAR's images in five crops, not any; gradients are means over
-the batch (LlamaGen's script adds up micro-batches before it clips). `:tiny` trains a tokenizer of digits, and
+has float16; d30's weight decay stays 0.05 (there to 0.08); VAR's images in five crops, not any; gradients are means
+over the batch (LlamaGen's script adds up micro-batches before it clips). `:tiny` trains a tokenizer of digits, and
 tunes a model that is random.
 Cost: a pod, see docs/pods.md; 4 forward passes and 2 backward an image.
 """
