@@ -1,9 +1,9 @@
 """Images from a model: `python -m research.tools.sample --weights=c2i.pt --tokenizer=vq.pt --out=FILE.npz`.
 
 The model and its tokenizer are published weights or workdirs of ours. Writes uint8 `arr_0`
-[n, size, size, channels], as the usual evaluators read it, beside `labels`, `codes` and the settings as JSON; `--grid` adds a PNG. Scales of
-guidance are those of the papers on it: logits (1 + s) class - s null, 0 for none. That is 1 + s in
-LlamaGen's released code; VAR's grows from 0 at the first scale to s at the last.
+[n, size, size, channels], as the usual evaluators read it, beside `labels`, `codes` and the settings as JSON; `--grid`
+adds a PNG. Scales of guidance are those of the papers on it: logits (1 + s) class - s null, 0 for none. That is
+1 + s in LlamaGen's released code; VAR's grows from 0 at the first scale to s at the last.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """The commands of the ImageNet runs, one after the other, on small pictures and the tiny weights of the goldens."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -108,12 +107,12 @@ def test_the_commands_lead_from_pictures_and_released_weights_to_samples(backbon
   assert Image.open(grid).size == (2 * 64 + 8, 2 * 64 + 8)
 
 
-def prepared(backbone, extracted, *more, **changes):
+def prepared(backbone, extracted, *more):
   spec, overrides = settings(backbone, extracted, *more)
   _, single = config.expand(config.load(spec, overrides))[0]
-  single = dataclasses.replace(single, **changes)
   mesh, exp = run.prepare(build, single)
-  return run.start_points(single, "cca", mesh, exp, None, ["cca"]), exp
+  run.start_points(single, "cca", mesh, exp, None, ["cca"])
+  return mesh, exp
 
 
 @pytest.mark.parametrize(
@@ -149,8 +148,9 @@ def test_codes_of_another_tokenizer_are_told(more, words, extracted):
 
 
 def test_var_reads_what_its_tokenizer_makes_of_the_codes(extracted):
-  _, exp = prepared("var", extracted)
-  batch = next(iter(exp.data("validation")))
+  mesh, exp = prepared("var", extracted)
+  with jax.set_mesh(mesh):
+    batch = next(iter(exp.data("validation")))
   with small.use():
     tokenizer = image_tokenizers.load(BACKBONES["var"][2], scales=(1, 2, 3, 4))
     np.testing.assert_allclose(batch["inputs"], jax.jit(lambda t, x: t.inputs(x))(tokenizer, batch["codes"]), atol=1e-6)
