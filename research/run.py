@@ -220,7 +220,7 @@ def start_points(
   """What `resume` and `init_from` name, as arguments of `fit`.
 
   Either is the same run in another workdir, or a directory of steps; `init_from` may also
-  be a directory of published weights, of the experiment's very model, or `arm:NAME`, one of the
+  be published weights (a directory, or a file), of the experiment's very model, or `arm:NAME`, one of the
   command's `arms` before this one. Raises UserError.
   """
   found = {}
@@ -232,9 +232,10 @@ def start_points(
       # its steps may be yet to come
       found[field] = lambda model, name=name: _parameters(Checkpoints(sibling(workdir, cfg, name)), model)
     elif field == "init_from" and path and convert.is_weights(path):
-      weights = convert.read(path)
       with jax.set_mesh(mesh):
-        weights.check_model(jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0))))
+        model = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+        weights = convert.read(path, like=model)
+        weights.check_model(model)
       found[field] = weights.fill
     elif path:
       directory = paths.parse(path, field)

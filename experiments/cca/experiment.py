@@ -9,6 +9,7 @@ from experiments.cca.evaluation import EvaluationConfig
 from experiments.cca.toy import ToyConfig
 from experiments.cca.tuning import TuningConfig
 from research.config import RunConfig
+from research.data.codes import CodesConfig
 from research.data.images import ImageConfig
 from research.fit import Experiment
 from research.models.llamagen import LlamaGenConfig
@@ -26,10 +27,11 @@ class Config(RunConfig):
 
   experiment: str = "cca"
   task: Literal[*TASKS] = "toy"
-  report: Literal["toy", "digits"] = "toy"
+  report: Literal["toy", "digits", "rewards"] = "toy"
   toy: ToyConfig = ToyConfig()
   # of images; length is the tokens of one
   data: ImageConfig = ImageConfig()
+  codes: CodesConfig = CodesConfig()  # in the place of those that the arm "tokenizer" makes of the images
   backbone: Literal["llamagen", "var"] = "llamagen"
   llamagen: LlamaGenConfig = LlamaGenConfig()
   var: VARConfig = VARConfig()

@@ -15,7 +15,7 @@ from jax import P
 from jax import numpy as jnp
 import numpy as np
 
-from experiments.cca import classifier, evaluation, tuning
+from experiments.cca import classifier, code_shards, evaluation, tuning
 from experiments.cca.classifier import Classifier
 from research import data, flops, optim, tokenizer_training
 from research.data import images
@@ -168,7 +168,7 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
   measured = {"samples": evaluation.measure, "likelihood": evaluation.likelihood}
   evals = {name: lambda model, f=f: f(model, made["sibling"], cfg) for name, f in measured.items()}
   make = MODELS[cfg.backbone][0]
-  return Experiment(
+  exp = Experiment(
     init=lambda key: make(key, cfg.model, cfg.mesh.partition),
     loss=loss,
     data=rows,
@@ -180,6 +180,7 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
     reference=reference,
     prepare=prepare,
   )
+  return code_shards.feed(exp, cfg, _batches) if cfg.codes.source else exp
 
 
 class Rows:

@@ -51,7 +51,8 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
   check(not overrides, "config", overrides[0] if overrides else "", "goes with --workdir")
   weights = convert.read(args.weights)
   said, family = weights.config, weights.family
-  check(not family.images, "weights", args.weights, f"is a {family.name}: it knows images, and this tool works on text")
+  fix = f"is a {family.name}: it knows images, and this tool works on text; try research.tools.sample"
+  check(not family.images, "weights", args.weights, fix)
   cfg, model = convert.load(weights)
   bos = said.get("bos_token_id")
   length = int(said.get("max_position_embeddings") or 2048)
