@@ -47,12 +47,12 @@ def selfcheck(
   say: Callable[[str], None] = print,
 ) -> None:
   """Makes every check of a single run, under its mesh; `say` hears of each. Raises UserError at the first mismatch."""
-  abstract = fit.on_devices(fit.abstract_state(exp))
-  model = fit.start_state(exp, cfg, abstract, init_from).model
-  batch = _rows(exp, model)
-  start = lambda: fit.start_state(exp, cfg, abstract, init_from).model
+  abstract = fit.abstract_state(exp)
+  model = fit.start_state(exp, cfg, fit.on_devices(abstract), init_from).model
+  reference = fit.frozen(exp, cfg, abstract, init_from)
+  batch = _rows(exp, model, reference)
   left_out = []
-  for check in _checks(build, cfg, exp, model, batch, start):
+  for check in _checks(build, cfg, exp, model, batch, reference):
     if check.skipped:
       left_out.append(f"{check.name} ({check.skipped})")
       continue
@@ -64,10 +64,10 @@ def selfcheck(
     say(f"selfcheck: nothing to compare: {'; '.join(left_out)}")
 
 
-def _checks(build, cfg: RunConfig, exp: Experiment, model, batch, start) -> Iterator[Check]:
-  reference = start() if exp.reference else None
+def _checks(build, cfg: RunConfig, exp: Experiment, model, batch, reference) -> Iterator[Check]:
   if exp.reference:
-    same = jax.tree.map(lambda a, b: jnp.all(a == b), model, reference)
+    starts = reference if exp.companion is None else reference[0]
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), model, starts)
     differing = sum(not bool(x) for x in jax.tree.leaves(jax.block_until_ready(same)))
     yield Check("reference against the start", float(differing), 0.0)
   ours = _loss_and_norm(exp, model, batch, reference)
@@ -85,7 +85,12 @@ def _kernel(build, cfg, model, batch, reference, ours) -> Check:
     return Check(name, skipped="this model chooses no kernel")
   plain = build(_with(cfg, "model.attention_kernel=reference"))
   like = jax.tree.structure(fit.abstract_state(plain).model)  # a model's structure says how it is executed
-  model, reference = (tree and jax.tree.unflatten(like, jax.tree.leaves(tree)) for tree in (model, reference))
+  dressed = lambda model: jax.tree.unflatten(like, jax.tree.leaves(model))
+  if plain.companion is not None:
+    reference = (dressed(reference[0]) if plain.reference else None, reference[1])
+  elif plain.reference:
+    reference = dressed(reference)
+  model = dressed(model)
   return Check(name, _apart(ours, _loss_and_norm(plain, model, batch, reference)), _tolerance(cfg))
 
 
@@ -94,16 +99,13 @@ def _unsharded(build, cfg, model, batch, reference, ours) -> Check:
   if jax.sharding.get_mesh().size == 1:
     return Check(name, skipped="the mesh is one device")
   alone = _with(cfg, "mesh.replica=1", "mesh.data=1", "mesh.model=1")
-  held = (_whole(model), _whole(reference), {k: _whole(x) for k, x in fit.to_devices(batch).items()})
-  with jax.set_mesh(meshes.make_mesh(alone.mesh, jax.local_devices()[:1])):
-    exp = build(alone)
-    like = fit.on_devices(fit.abstract_state(exp)).model
-    put = lambda tree: jax.tree.unflatten(
-      jax.tree.structure(like),
-      [jax.device_put(x, y.sharding) for x, y in zip(tree, jax.tree.leaves(like), strict=True)],
-    )
-    model, reference = put(held[0]), put(held[1]) if held[1] else None
-    theirs = _loss_and_norm(exp, model, {k: x[0] for k, x in held[2].items()}, reference)
+  specs = [x.sharding.spec for x in jax.tree.leaves((model, reference))]
+  held, rows = _whole((model, reference)), _whole(fit.to_devices(batch))
+  with jax.set_mesh(meshes.make_mesh(alone.mesh, jax.local_devices()[:1])) as mesh:
+    put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(held, specs, strict=True)]
+    model, reference = jax.tree.unflatten(jax.tree.structure((model, reference)), put)
+    batch = jax.tree.unflatten(jax.tree.structure(batch), rows)
+    theirs = _loss_and_norm(build(alone), model, batch, reference)
   return Check(name, _apart(ours, theirs), _tolerance(cfg))
 
 
@@ -176,7 +178,7 @@ def _disjoint(exp) -> Check:
   return Check(name, float(sum(len(of) > 1 for of in holders.values())), 0.0)
 
 
-def _rows(exp: Experiment, model: Any) -> dict[str, np.ndarray]:
+def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
   """A few rows of this process's part of the first batch; the first of them, if there is any, with two documents."""
   data = exp.data("train")
   whole = next(iter(data))
@@ -191,8 +193,7 @@ def _rows(exp: Experiment, model: Any) -> dict[str, np.ndarray]:
         x[0] = batch[name][found[0]]
       break
   try:  # a batch may have to be whole
-    reference = (model,) if exp.reference else ()
-    jax.eval_shape(exp.loss, model, fit.to_devices(rows), jax.random.key(0), *reference)
+    jax.eval_shape(exp.loss, model, fit.to_devices(rows), jax.random.key(0), *fit.if_any(reference))
   except (TypeError, ValueError):
     return dict(whole)
   return rows
@@ -209,7 +210,7 @@ def _tolerance(cfg: RunConfig) -> float:
 
 def _mean(exp: Experiment, model, batch, reference) -> tuple[float, float]:
   """(total, weight) of the loss."""
-  rest = () if reference is None else (reference,)
+  rest = fit.if_any(reference)
   f = jax.jit(lambda model, batch: exp.loss(model, batch, jax.random.key(0), *rest)["loss"])
   mean = jax.block_until_ready(f(model, fit.to_devices(batch)))
   return float(mean.total), float(mean.weight)
@@ -217,7 +218,7 @@ def _mean(exp: Experiment, model, batch, reference) -> tuple[float, float]:
 
 def _loss_and_norm(exp: Experiment, model, batch, reference) -> list[float]:
   """[mean loss, norm of its gradients] of a batch."""
-  rest = () if reference is None else (reference,)
+  rest = fit.if_any(reference)
 
   def f(model, batch):
     leaves, tree = jax.tree.flatten(model)

@@ -70,16 +70,14 @@ def replay(
   rows = iter(exp.data("train"))
   checkpoints = Checkpoints(workdir / "checkpoints" / name)
   saved = [s for s in checkpoints.steps() if s <= step]
-  state, reference, start = None, None, 0
-  begin = lambda: fit.start_state(exp, cfg, fit.on_devices(abstract), starts.get("init_from"))
+  init_from = starts.get("init_from")
   if saved:
     restored = checkpoints.restore(fit.on_devices(abstract), step=saved[-1])
     rows.set_state(restored.data_state)
     state, start = restored.state, restored.step
   else:
-    state = begin()
-  if exp.reference:
-    reference = begin().model
+    state, start = fit.start_state(exp, cfg, fit.on_devices(abstract), init_from), 0
+  reference = fit.frozen(exp, cfg, abstract, init_from)
   step_fn = fit.jit_step(exp, cfg, abstract)
   log = _logged(workdir, name)
   compared = {}
@@ -98,7 +96,7 @@ def replay(
 def row_losses(replayed: Replayed, weights: Iterable[np.ndarray]) -> list[float]:
   """The mean loss of the batch under each of `weights`, which stand in the place of its own."""
   exp, key = replayed.exp, jax.random.fold_in(replayed.state.key, replayed.state.step)
-  reference = () if replayed.reference is None else (replayed.reference,)
+  reference = fit.if_any(replayed.reference)
   loss = jax.jit(lambda model, batch: exp.loss(model, batch, key, *reference)["loss"].value)
   of = lambda w: jax.block_until_ready(loss(replayed.state.model, fit.to_devices(replayed.batch | {"weights": w})))
   return [float(of(w)) for w in weights]
