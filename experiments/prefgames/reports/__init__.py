@@ -1,6 +1,6 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep
+from experiments.prefgames.reports import contraction, entanglement, gaps, goodhart, optimisers, original, steps, sweep
 from research import paths
 from research.config import RunConfig
 
@@ -11,6 +11,8 @@ REPORTS = {
   "original": original.report,
   "optimisers": optimisers.report,
   "steps": steps.report,
+  "goodhart": goodhart.report,
+  "entanglement": entanglement.report,
 }
 
 
