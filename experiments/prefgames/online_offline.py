@@ -3,7 +3,7 @@
 After Tang et al., "Understanding the performance gap between online and offline alignment algorithms" (arXiv
 2405.08448): one loss (IPO's), one data set of comparisons that the golden preference labelled, and a proxy fitted to
 that data set, which is all that online learning asks. Told are the golden win rate against the reference and the KL
-paid for it. Golden and proxy are different functions: the golden preference goes in circles and has parts that no policy
+paid for it. Golden and proxy are different functions: the golden one goes in circles and has parts that no policy
 here can express, the proxy is a score a string. Expectations over the policy are exact; recorded labels are drawn once.
 """
 
