@@ -111,7 +111,7 @@ def test_the_first_losses_are_the_official_ones(name, b):
 
 
 def test_the_rate_of_a_mode_is_its_responses_probability_where_pairs_are_the_policys_own():
-  """Why such methods stall: the slowest mode's rate is b for uniform pairs, b n pi for own ones, b^2 n pi / 4 for PG."""
+  """Why they stall: the slowest mode's rate is b for uniform pairs, b n pi for own ones, b^2 n pi / 4 in PG."""
   n, b = 6, 0.1
   log_r = log_softmax(np.zeros(n))
   p = matrices.bradley_terry(np.linspace(0, 2, n))
