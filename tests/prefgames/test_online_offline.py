@@ -99,13 +99,13 @@ def test_four_devices_share_the_rows_out_and_change_nothing(task):
   assert both[1][1] == pytest.approx(both[0][1], rel=1e-9)
 
 
-def test_online_learning_wins_more_and_offline_learning_classifies_better():
-  settings = {"taus": (0.03,), "updates": 150}
+def test_all_learn_to_win_and_offline_learning_classifies_better():
+  settings = {"taus": (0.03,), "updates": 100}
   found = {
-    name: trained(2, rows=8, task="strings", strings=StringsConfig(data=name, **settings))[1]
+    name: trained(1, task="strings", rows=8, strings=StringsConfig(data=name, **settings))[1]
     for name in ("online", "offline")
   }
-  assert found["online"]["win_rate@0.03"] > found["offline"]["win_rate@0.03"] > 0.55
+  assert min(f["win_rate@0.03"] for f in found.values()) > 0.65
   assert found["offline"]["classified@0.03"] > found["online"]["classified@0.03"] + 0.03
 
 

@@ -23,7 +23,7 @@ def get_config(arg=None):
   arg = config.parse_arg(arg, entanglement=False)
   c = config.defaults(Config)
   c.task, c.report = "strings", "goodhart"
-  c.steps, c.batch, c.seeds = 100, 16, (0, 1, 2)
+  c.steps, c.batch, c.seeds = 100, 32, (0, 1, 2)
   c.tx.warmup, c.eval_every, c.log_every = 0, 4, 20
   c.strings.updates = 2 if arg.tiny else 10
   c.arms = tuple((name, f"strings.data={name}") for name in DATA)
