@@ -52,6 +52,7 @@ def test_every_mean_and_deviation_of_a_readme_is_that_of_a_record_it_names(folde
 CLAIMS = {
   "kvshift": "theor layer width gram hop arithmetic learning+rate seeds variant parameters pod",
   "transnormer": "parameters perplexity position temperature gate activation norm decay length memory overflow pod",
+  "prefgames": "sampled shrinks step+size transitive average bias adamw sign argmin token offline inner+products",
 }
 
 

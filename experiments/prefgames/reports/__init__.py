@@ -1,6 +1,16 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, strings, sweep
+from experiments.prefgames.reports import (
+  contraction,
+  entanglement,
+  gaps,
+  goodhart,
+  optimisers,
+  original,
+  steps,
+  strings,
+  sweep,
+)
 from research import paths
 from research.config import RunConfig
 
@@ -12,6 +22,8 @@ REPORTS = {
   "optimisers": optimisers.report,
   "steps": steps.report,
   "strings": strings.report,
+  "goodhart": goodhart.report,
+  "entanglement": entanglement.report,
 }
 
 

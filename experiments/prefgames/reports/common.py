@@ -29,6 +29,11 @@ _NAMES = {
   "xpo_strong": "XPO, bonus ten times as large",
   "xpo_flipped": "XPO, bonus's sign turned",
   "uniform": "DPO, both uniform",
+  "online": "online: own pairs, proxy's labels",
+  "online_golden": "online, golden labels",
+  "offline": "offline: recorded pairs and labels",
+  "offline_proxy": "offline, proxy's labels",
+  "shuffled": "offline on the online run's pairs",
 }
 KINDS = {"uniform": "random games", "transitive": "transitive games", "cycle": "cycles, tilted references"}
 FLOOR = 1e-14  # below it a gap is rounding
