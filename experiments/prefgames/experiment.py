@@ -3,20 +3,23 @@
 import dataclasses
 from typing import Literal
 
-from experiments.prefgames import bandit, tables
+from experiments.prefgames import bandit, tables, text
 from experiments.prefgames.bandit import BanditConfig
 from experiments.prefgames.tables import TableConfig
+from experiments.prefgames.text import TextTask
 from research.config import RunConfig
+from research.data.preferences import PreferenceConfig
 from research.fit import Experiment
+from research.models.transformer import TransformerConfig
 
-TASKS = {"table": tables.make, "bandit": bandit.make}
+TASKS = {"table": tables.make, "bandit": bandit.make, "text": text.make}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
   experiment: str = "prefgames"
   task: Literal[*TASKS] = "table"
-  report: Literal["gaps", "sweep", "contraction", "original", "optimisers", "steps"] = "gaps"
+  report: Literal["gaps", "sweep", "contraction", "original", "optimisers", "steps", "text"] = "gaps"
   batch: int = 32  # games, or runs of a bandit
   length: int = 10  # responses of a game; a bandit has its own size
   log_every: int = 100
@@ -24,6 +27,10 @@ class Config(RunConfig):
   # each task's settings, under its name
   table: TableConfig = TableConfig()
   bandit: BanditConfig = BanditConfig()
+  text: TextTask = TextTask()
+  # of the tasks that train language models
+  model: TransformerConfig = TransformerConfig()
+  data: PreferenceConfig = PreferenceConfig()
 
 
 def build(cfg: Config) -> Experiment:

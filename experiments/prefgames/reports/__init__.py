@@ -1,6 +1,6 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep
+from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep, text
 from research import paths
 from research.config import RunConfig
 
@@ -11,6 +11,7 @@ REPORTS = {
   "original": original.report,
   "optimisers": optimisers.report,
   "steps": steps.report,
+  "text": text.report,
 }
 
 
