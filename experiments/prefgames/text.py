@@ -166,7 +166,7 @@ def _trained(cfg: RunConfig, directory) -> Transformer:
 
 
 def _flops(cfg: RunConfig, task: TextTask) -> dict[str, float]:
-  """Model FLOPs of a step over its tokens, `length` a row, by what they are spent on; three forward passes a training."""
+  """Model FLOPs of a step over its tokens, `length` a row, by what they are spent on; training is three passes."""
   once = sum(flops_per_token(cfg.model, cfg.length).values()) / 3
   reading = cfg.data.prompt_tokens + 2 * cfg.data.response_tokens + 2  # a pair, as the judge reads it
   pair = once * reading / cfg.length

@@ -25,7 +25,7 @@ def responses(
   each: int,
   tokens: int,
   stop: tuple[int, ...],
-  sampling: Sampling = Sampling(),
+  sampling: Sampling,
   seed: int = 0,
 ) -> list[list[Responses]]:
   """`each` responses to every prompt, [batch][response]; what a model gets depends on the seed and the place alone.
