@@ -26,7 +26,16 @@ from launch import hlo, ptx, topology
 from launch.topology import Topology
 from research import config, run
 from research.errors import UserError, check
-from research.fit import Experiment, TrainState, abstract_batch, abstract_state, jit_step, on_devices
+from research.fit import (
+  Experiment,
+  TrainState,
+  abstract_batch,
+  abstract_reference,
+  abstract_state,
+  if_any,
+  jit_step,
+  on_devices,
+)
 from research.kernels.attention import splash
 from research.kernels.lightning_attention import pallas_gpu
 from research.mesh import BATCH
@@ -143,7 +152,7 @@ def plan(spec: str, arm: str, cfg: config.RunConfig, pod: Topology, what: str = 
     state, batch = on_devices(abstract_state(exp)), on_devices(abstract_batch(exp))
     start = time.perf_counter()
     if what == "train":
-      reference = state.model if exp.reference else None
+      reference = abstract_reference(exp, state)
       lowered = jit_step(exp, cfg, state).lower(state, batch, reference)
       kept = residuals(exp, cfg, state, batch)
       tokens, model_flops = cfg.batch * cfg.length, sum(exp.flops_per_token.values()) * cfg.batch * cfg.length
@@ -264,7 +273,7 @@ def residuals(exp: Experiment, cfg: config.RunConfig, state: TrainState, batch: 
   def keep(model, batch, *reference):
     return jax.vjp(lambda model: exp.loss(model, batch, jax.random.key(0), *reference)["loss"].total, model)[1]
 
-  reference = (state.model,) if exp.reference else ()
+  reference = if_any(abstract_reference(exp, state))
   jaxpr = jax.make_jaxpr(keep)(state.model, jax.tree.map(one, batch), *reference).jaxpr
   given = set(jaxpr.invars) | set(jaxpr.constvars)
   kept = []

@@ -18,7 +18,7 @@ from research.mesh import HIDDEN, TOKENS
 from research.metrics import Mean
 from research.models.decoder import Decoder
 from research.preference.losses import over_rows
-from research.preference.oracles import Learned, learned_loss
+from research.preference.oracles import Learned
 from research.preference.samplers import Responses
 
 VERDICTS = (0, 1)  # the ids whose logits say that the first, or the second, response is better
@@ -64,14 +64,17 @@ def chosen_and_rejected(batch: dict[str, jax.Array]) -> tuple[Responses, Respons
 
 
 def loss(model: Decoder, batch: dict[str, jax.Array], key: Any, *, stop: int) -> dict[str, Mean]:
-  """Cross-entropy in nats of the chosen response winning, and how often it does, under a judge.
+  """Cross-entropy in nats of the chosen response being better, and how often the oracle says so, under a judge.
 
-  batch: of `research.data.preferences`. Both orders of a pair are read, so that there is nothing to shuffle.
+  batch: of `research.data.preferences`. Every pair is read in both orders, each an example of its own, as in EGPO's
+  public code: nothing has to be shuffled, and a judge that goes by the place learns not to. Not the cross-entropy of
+  the oracle's mean of both, which is lower and flat where the judge is sure of the place.
   """
   del key  # deterministic
-  asked = oracle(model, stop)
   chosen, rejected = chosen_and_rejected(batch)
-  nats = learned_loss(asked, batch, chosen, rejected, jnp.ones_like(batch["weights"]))
-  p = jnp.exp(-jax.lax.stop_gradient(nats))
-  right = jnp.where(jnp.abs(p - 0.5) < 1e-6, 0.5, p > 0.5)  # two that were cut to the same
+  there = log_odds(model, batch, chosen, rejected, stop=stop)
+  back = log_odds(model, batch, rejected, chosen, stop=stop)
+  nats = (jax.nn.softplus(-there) + jax.nn.softplus(back)) / 2
+  p = (jax.nn.sigmoid(there) + jax.nn.sigmoid(-back)) / 2
+  right = jnp.where(jnp.abs(p - 0.5) < 1e-6, 0.5, p > 0.5)  # of two that were cut to the same
   return {name: over_rows(x, batch["weights"]) for name, x in (("loss", nats), ("accuracy", right))}

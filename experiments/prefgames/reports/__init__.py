@@ -11,6 +11,7 @@ REPORTS = {
   "original": original.report,
   "optimisers": optimisers.report,
   "steps": steps.report,
+  "strings": lambda workdir, cfg: None,
   "text": text.report,
 }
 
