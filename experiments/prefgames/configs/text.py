@@ -27,7 +27,8 @@ SIZES = {
   "2b": (26, 2304, 8, 4, 256, 9216, 256_000, 1e4, 107, 4),
 }
 ARGS = tuple(SIZES)
-PODS = dict.fromkeys(SIZES, ("v5e:8x8", "v5p:4x4x4", "h100:8"))
+PODS = dict.fromkeys(SIZES, ("v5p:4x4x4",))
+PLANNED = "egpo"
 
 
 def get_config(arg=None):
