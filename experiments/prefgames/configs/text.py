@@ -53,9 +53,9 @@ def small(c):
   c.batch, c.length, c.eval_batches = 32, 36, 4
   c.model.update(vocab=256, width=96, layers=3, heads=4, kv_heads=2, head_dim=24, mlp_width=256, precision="float32")
   c.tx.update(lr=3e-4, warmup=10)
-  c.steps, c.eval_every, c.log_every = 120, 40, 20
+  c.steps, c.eval_every, c.log_every = 60, 30, 20
   c.text.update(prompts=100, responses=4)
-  c.arms = arms(("steps=600", "tx.lr=2e-3", "eval_every=200"), ("steps=600", "tx.lr=1e-3", "eval_every=200"), 40, 40)
+  c.arms = arms(("steps=160", "tx.lr=2e-3", "eval_every=80"), ("steps=240", "tx.lr=1e-3", "eval_every=80"), 20, 20)
 
 
 def large(c, layers, width, heads, kv_heads, head_dim, mlp_width, vocab, rope_base, stop, model):
