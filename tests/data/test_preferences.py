@@ -195,6 +195,10 @@ def test_batches_are_the_same_on_one_process_and_on_two_and_resume_where_they_we
   assert {k: (x.shape, x.dtype) for k, x in after.items()} == {k: (x.shape, x.dtype) for k, x in shapes.items()}
 
 
+def test_tools_find_the_tokenizer_of_preferences():
+  assert data.load_tokenizer(PreferenceConfig()).name == "bytes"
+
+
 def test_the_embedded_preferences_go_in_circles_and_every_row_fits():
   cycle = [styles.probability(a, False, b, False) for a, b, _ in styles.PAIRS]
   assert cycle == pytest.approx([0.9] * 3)
