@@ -24,33 +24,28 @@ from research.errors import check
 from research.fit import Experiment
 from research.mesh import batch_shard
 from research.metrics import Mean
-from research.models.transformer import Transformer, TransformerConfig, flops_per_token
+from research.models.transformer import Transformer, flops_per_token
 from research.preference import games, online, oracles
 from research.preference.losses import over_rows
 from research.preference.online import OnlineConfig
-from research.preference.samplers import enumerated
+from research.preference.samplers import enumerated, tokenwise_mixture
 
 PROMPT = 2  # ids of a prompt
 LARGEST = 4096  # responses, so that a game's matrix stays small
-TINY = TransformerConfig(
-  vocab=4, width=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp_width=64, precision="float32", layer_loop="unroll"
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceConfig:
-  """The games, the model that plays them, and how it learns. Raises UserError."""
+  """The games, and how the model learns to play them. Raises UserError."""
 
   prompts: int = 8  # a game each
   b: float = 0.1  # the weight of the games' KL terms; `online.b` is the loss's own
   cyclic: float = 1.0  # the cycle's share of the preference: 0 is Bradley-Terry's, 1 has no score at all
   strength: float = 4.0  # of the log-odds: their standard deviation is about this over random pairs
-  model: TransformerConfig = TINY
   online: OnlineConfig = OnlineConfig()
 
   def __post_init__(self):
-    vocab = self.model.vocab
-    check(1 <= self.prompts <= vocab**PROMPT, "prompts", self.prompts, f"use 1 .. {vocab**PROMPT}, vocab^{PROMPT}")
+    check(self.prompts >= 1, "prompts", self.prompts, "use a whole number of at least 1")
     check(self.b > 0, "b", self.b, "must be positive")
     check(0 <= self.cyclic <= 1, "cyclic", self.cyclic, "is a share, in [0, 1]")
     check(self.strength > 0, "strength", self.strength, "must be positive")
@@ -58,10 +53,12 @@ class SequenceConfig:
 
 def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
   """Responses of `cfg.length` ids; a batch has the prompts over and over."""
-  strings = all_strings(sequence.model.vocab, cfg.length)
+  vocab = cfg.model.vocab
+  strings, most = all_strings(vocab, cfg.length), vocab**PROMPT
+  check(sequence.prompts <= most, "sequence.prompts", sequence.prompts, f"there are {most} prompts of {PROMPT} ids")
   check(cfg.batch % sequence.prompts == 0, "batch", cfg.batch, f"must be a multiple of prompts={sequence.prompts}")
   settings = dataclasses.replace(sequence.online, tokens=cfg.length)
-  load = functools.partial(draw, sequence, cfg.seed, cfg.length)
+  load = functools.partial(draw, sequence, cfg.seed, vocab, cfg.length)
 
   def data(split):
     index, count = batch_shard(jax.sharding.get_mesh())
@@ -73,9 +70,8 @@ def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
     return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
 
   def batch():
-    v, length = sequence.model.vocab, cfg.length
     ints = {"prompts": (PROMPT,), "lengths": ()}
-    floats = {"quality": (length, v), "turn": (length, v, 2)}
+    floats = {"quality": (cfg.length, vocab), "turn": (cfg.length, vocab, 2)}
     return {
       name: jax.ShapeDtypeStruct((cfg.batch, *shape), dtype)
       for shapes, dtype in ((ints, jnp.int32), (floats, jnp.float32))
@@ -83,16 +79,16 @@ def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
     }
 
   parts = online.parts(
-    settings, optim.make(cfg.tx, cfg.steps * settings.updates), lambda companion: oracle(sequence.model.vocab), batch
+    settings, optim.make(cfg.tx, cfg.steps * settings.updates), lambda companion: oracle(vocab), batch
   )
-  model_flops = flops_per_token(sequence.model, PROMPT + cfg.length)
+  model_flops = flops_per_token(cfg.model, PROMPT + cfg.length)
   return Experiment(
-    init=lambda key: Transformer(key, sequence.model, cfg.mesh.partition),
+    init=lambda key: Transformer(key, cfg.model, cfg.mesh.partition),
     data=data,
     batch=batch,
     flops_per_token={name: flops * 2 * settings.updates for name, flops in model_flops.items()},
     info=lambda: load() and {"source": "short strings", "games": sequence.prompts, "responses": len(strings)},
-    **parts | {"loss": functools.partial(_loss, sequence.b, strings)},
+    **parts | {"loss": functools.partial(_loss, sequence, strings)},
   )
 
 
@@ -125,10 +121,9 @@ def log_odds(rows: dict[str, jax.Array], strings: np.ndarray) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def draw(sequence: SequenceConfig, seed: int, length: int) -> dict[str, np.ndarray]:
+def draw(sequence: SequenceConfig, seed: int, vocab: int, length: int) -> dict[str, np.ndarray]:
   """A row a prompt: the games of a seed."""
   rng = np.random.default_rng((17, seed))
-  vocab = sequence.model.vocab
   shape = (sequence.prompts, length, vocab)
   # scaled so that the log-odds of two random responses vary by `strength`, whatever the length
   quality = rng.normal(size=shape) * (1 - sequence.cyclic) * sequence.strength / np.sqrt(2 * length)
@@ -140,20 +135,33 @@ def draw(sequence: SequenceConfig, seed: int, length: int) -> dict[str, np.ndarr
   }
 
 
-def measures(b: float, strings: np.ndarray, model, reference, batch) -> dict[str, jax.Array]:
-  """[rows] each, exactly: the duality gap, the original game's, KL to the reference, and the win rate against it."""
-  log_policy, log_r = (enumerated(m, batch["prompts"], batch["lengths"], strings) for m in (model, reference))
+def preferences(rows: dict[str, np.ndarray], strings: np.ndarray) -> np.ndarray:
+  """float64 [rows, n, n]: P of every response against every one."""
+  return 1 / (1 + np.exp(-log_odds({name: rows[name].astype(np.float64) for name in ("quality", "turn")}, strings)))
+
+
+def measures(sequence: SequenceConfig, strings: np.ndarray, model, reference, batch) -> dict[str, jax.Array]:
+  """[rows] each, exactly: the duality gap, the original game's, KL to the reference, and the win rate against it.
+
+  Also how far the mixture that Nash-MD meets, made token by token, is from that of whole responses (total variation).
+  """
+  b, c = sequence.b, sequence.online.mixture
+  by_token = [enumerated(m, batch["prompts"], batch["lengths"], strings) for m in (model, reference)]
+  log_policy, log_r = (jnp.sum(x, axis=-1) for x in by_token)
+  whole = jax.nn.softmax((1 - c) * log_policy + c * log_r)
+  vocab = batch["quality"].shape[-1]
   q = games.win_rates(jax.nn.sigmoid(log_odds(batch, strings)), log_policy)
   return {
     "gap": games.duality_gap(log_policy, log_r, q, b),
     "original": games.original_gap(q),
     "kl": games.kl(log_policy, log_r),
+    "mixture_distance": jnp.sum(jnp.abs(whole - jnp.exp(tokenwise_mixture(*by_token, c, vocab))), axis=-1) / 2,
     "wins": 1 - jnp.sum(jnp.exp(log_r) * q, axis=-1),
   }
 
 
-def _loss(b: float, strings: np.ndarray, model, batch, key, reference) -> dict[str, Mean]:
+def _loss(sequence: SequenceConfig, strings: np.ndarray, model, batch, key, reference) -> dict[str, Mean]:
   """The mean duality gap over prompts, and what else `measures` has."""
   del key
-  means = {name: over_rows(x) for name, x in measures(b, strings, model, reference, batch).items()}
+  means = {name: over_rows(x) for name, x in measures(sequence, strings, model, reference, batch).items()}
   return {"loss": means["gap"], **means}

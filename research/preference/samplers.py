@@ -151,15 +151,30 @@ def token_log_probs(model: Decoder, prompts: jax.Array, lengths: jax.Array, resp
 
 
 def enumerated(model: Decoder, prompts: jax.Array, lengths: jax.Array, strings: jax.Array) -> jax.Array:
-  """float32 [batch, n]: log-probabilities of all n responses `strings` int32 [n, length] to each prompt, at once.
+  """float32 [batch, n, length]: the ids' log-probabilities in all n responses `strings` int32 [n, length], at once.
 
-  A policy of a finite set, for `games`: normalised where the strings are all there are.
+  Their sums over length are a policy of a finite set, for `games`, where the strings are all there are.
   """
   size, n = len(prompts), len(strings)
   ids = repeated_rows(prompts, n), repeated_rows(lengths, n)
   tokens = reshaped_rows(jnp.broadcast_to(strings, (size, *strings.shape)), size * n, strings.shape[1])
   logp = token_log_probs(model, *ids, Responses(tokens, jnp.ones_like(tokens, jnp.float32)))
-  return reshaped_rows(jnp.sum(logp, axis=-1), size, n)
+  return reshaped_rows(logp, size, n, strings.shape[1])
+
+
+def tokenwise_mixture(policy: jax.Array, reference: jax.Array, coefficient: float, vocab: int) -> jax.Array:
+  """float32 [batch, n]: what `GeometricMixture` draws in `enumerated` strings, all vocab^length in order.
+
+  Each id is mixed and normalised by itself: not the mixture of whole responses, but for one id.
+  """
+  batch, n, length = policy.shape
+  mixed = (1 - coefficient) * policy + coefficient * reference
+  total = jnp.zeros((batch, n), mixed.dtype)
+  for t in range(length):
+    # strings that begin alike stand together: [prefixes, the id at t, what may follow]
+    here = mixed[:, :, t].reshape(batch, vocab**t, vocab, -1)
+    total += jax.nn.log_softmax(here, axis=2).reshape(batch, n)
+  return total
 
 
 def repeated_rows(x: jax.Array, count: int) -> jax.Array:

@@ -87,11 +87,13 @@ def test_padding_and_what_stands_in_it_change_nothing():
   same(trained(settings, batch=prompts(pad=2, filler=1))[0], plain, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
   settings = OnlineConfig("online_ipo_policy", b=0.5, tokens=TOKENS)
   same(trained(settings, accumulate=4)[0], trained(settings)[0])
 
 
+@pytest.mark.slow
 def test_rows_of_weight_0_teach_nothing():
   settings = OnlineConfig("online_ipo_policy", b=0.5, tokens=TOKENS)
   whole, other = prompts(), prompts()
@@ -100,6 +102,7 @@ def test_rows_of_weight_0_teach_nothing():
   same(trained(settings, batch=whole | weights)[0], trained(settings, batch=other | weights)[0])
 
 
+@pytest.mark.slow
 def test_memory_holds_every_pair_so_far_and_a_ring_forgets_the_oldest():
   settings = OnlineConfig("xpo", b=0.5, tokens=TOKENS, memory=2, alpha=0.1)
   pairs = [jax.device_get(trained(settings, steps=n)[1].opt.pairs) for n in (1, 2, 3)]
@@ -112,6 +115,7 @@ def test_memory_holds_every_pair_so_far_and_a_ring_forgets_the_oldest():
   np.testing.assert_array_equal(pairs[0]["prompts"][:ROWS], prompts()["prompts"])
 
 
+@pytest.mark.slow
 def test_a_refreshed_reference_is_the_policy_of_the_last_refresh():
   settings = OnlineConfig("sppo", b=2.0, tokens=TOKENS, refresh=2)
   after = [trained(settings, steps=n)[1] for n in (1, 2, 3)]
@@ -124,6 +128,7 @@ def test_a_refreshed_reference_is_the_policy_of_the_last_refresh():
   assert max(np.abs(x - y).max() for x, y in zip(anchors[2], start, strict=True)) > 1e-5
 
 
+@pytest.mark.slow
 def test_a_companion_is_what_the_oracle_is_made_of_and_an_argument_of_the_program():
   def oracle(strength):
     return oracles.BradleyTerry(lambda batch, y: strength * jnp.sum((y.tokens == 1) * y.mask, axis=1))
@@ -140,12 +145,12 @@ def test_a_companion_is_what_the_oracle_is_made_of_and_an_argument_of_the_progra
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    ("egpo", MeshConfig(1, 4, 1, "fsdp")),
-    pytest.param("egpo", MeshConfig(1, 2, 2, "fsdp_tp"), marks=pytest.mark.slow),
+    ("online_ipo_policy", MeshConfig(1, 2, 2, "fsdp_tp")),
     pytest.param("online_ipo_policy", MeshConfig(1, 4, 1, "fsdp"), marks=pytest.mark.slow),
-    pytest.param("online_ipo_policy", MeshConfig(1, 2, 2, "fsdp_tp"), marks=pytest.mark.slow),
+    pytest.param("egpo", MeshConfig(1, 2, 2, "fsdp_tp"), marks=pytest.mark.slow),
+    pytest.param("egpo", MeshConfig(1, 4, 1, "fsdp"), marks=pytest.mark.slow),
+    pytest.param("nash_md", MeshConfig(2, 1, 2, "fsdp_tp"), marks=pytest.mark.slow),
     pytest.param("nash_md", MeshConfig(1, 4, 1, "fsdp"), marks=pytest.mark.slow),
-    ("nash_md", MeshConfig(2, 1, 2, "fsdp_tp")),
     pytest.param("xpo", MeshConfig(1, 2, 2, "fsdp_tp"), marks=pytest.mark.slow),
     pytest.param("sppo", MeshConfig(1, 2, 2, "fsdp_tp"), marks=pytest.mark.slow),
   ],

@@ -1,6 +1,6 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep, text
+from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, strings, sweep, text
 from research import paths
 from research.config import RunConfig
 
@@ -11,7 +11,7 @@ REPORTS = {
   "original": original.report,
   "optimisers": optimisers.report,
   "steps": steps.report,
-  "strings": lambda workdir, cfg: None,
+  "strings": strings.report,
   "text": text.report,
 }
 

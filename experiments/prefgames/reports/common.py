@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 import math
 
 from experiments.prefgames.tables import fields
@@ -82,6 +83,21 @@ def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
 def legend_below(fig, ax, columns: int = 4) -> None:
   """One legend for all panels, under them: over the data there is no room."""
   fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def matrix(fig, ax, rates, names, errors=None) -> None:
+  """Who beats whom: rates [n, n] of rows against columns in per cent, and their errors below, where there are any."""
+  ax.grid(False)
+  most = max(abs(rates - 0.5).max(), 0.05)
+  image = ax.imshow(rates, cmap="RdBu", vmin=0.5 - most, vmax=0.5 + most)
+  for i, j in itertools.product(range(len(names)), repeat=2):
+    told = f"{100 * rates[i, j]:.1f}" + ("" if errors is None else f"\n±{100 * errors[i, j]:.1f}")
+    dark = abs(rates[i, j] - 0.5) > 0.7 * most
+    ax.text(j, i, "" if i == j else told, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+  ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.spines[:].set_visible(False)
+  fig.colorbar(image, ax=ax, shrink=0.75)
 
 
 def spread(by_seed: Mapping[int, float]) -> str:
