@@ -4,11 +4,19 @@ import itertools
 
 import numpy as np
 
-from experiments.prefgames.reports.common import finish, label
+from experiments.prefgames.reports import common
+from experiments.prefgames.reports.common import finish
 from research import paths, writers
 from research import report as parts
 from research.config import RunConfig, expand
 from research.preference.methods import METHODS
+
+_NAMES = {"online_ipo_uniform": "online IPO, flattened pairs", "sppo": "SPPO", "sft": "the sft model"}
+
+
+def label(arm: str) -> str:
+  """In words."""
+  return _NAMES.get(arm) or common.label(arm)
 
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
