@@ -192,11 +192,13 @@ def lacking(
 ) -> list[tuple[config.RunConfig, str, dict[str, Any]]]:
   """(a single run, a pod's name, how its entry begins) of all that `known` lacks or has of other settings.
 
-  The run is the last arm of its config, which is the paper's own.
+  The run is the arm that the config's file names as its PLANNED, or else the last one, which is the paper's own.
   """
   out = []
   for spec, cfg in found:
-    arm, single = config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1]))[-1]
+    singles = dict(config.expand(dataclasses.replace(cfg, seeds=cfg.seeds[:1])))
+    arm = runpy.run_path(str(ROOT / spec.partition(":")[0])).get("PLANNED", list(singles)[-1])
+    single = singles[arm]
     begins = {"config": spec, "arm": arm, "settings": config.digest(config.flat(single))}
     for name in pods_of(spec):
       if not begins.items() <= known.get((spec, name), {}).items():

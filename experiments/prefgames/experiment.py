@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Literal
 
-from experiments.prefgames import bandit, entanglement, online_offline, sequence, tables
+from experiments.prefgames import bandit, entanglement, online_offline, sequence, tables, text
 from experiments.prefgames.bandit import BanditConfig
 from experiments.prefgames.entanglement import PairConfig
 from experiments.prefgames.online_offline import StringsConfig
 from experiments.prefgames.sequence import SequenceConfig
 from experiments.prefgames.tables import TableConfig
+from experiments.prefgames.text import TextTask
 from research.config import RunConfig
+from research.data.preferences import PreferenceConfig
 from research.fit import Experiment
 from research.models.transformer import TransformerConfig
 
@@ -19,10 +21,11 @@ TASKS = {
   "strings": online_offline.make,
   "pair": entanglement.make,
   "sequence": sequence.make,
+  "text": text.make,
 }
 REPORTS = (
   *("gaps", "sweep", "contraction", "original", "optimisers", "steps"),
-  *("goodhart", "entanglement", "strings"),
+  *("goodhart", "entanglement", "strings", "text"),
 )
 
 
@@ -41,8 +44,10 @@ class Config(RunConfig):
   strings: StringsConfig = StringsConfig()
   pair: PairConfig = PairConfig()
   sequence: SequenceConfig = SequenceConfig()
+  text: TextTask = TextTask()
   # of the tasks that train language models
   model: TransformerConfig = TransformerConfig()
+  data: PreferenceConfig = PreferenceConfig()
 
 
 def build(cfg: Config) -> Experiment:

@@ -10,6 +10,7 @@ from experiments.prefgames.reports import (
   steps,
   strings,
   sweep,
+  text,
 )
 from research import paths
 from research.config import RunConfig
@@ -24,6 +25,7 @@ REPORTS = {
   "strings": strings.report,
   "goodhart": goodhart.report,
   "entanglement": entanglement.report,
+  "text": text.report,
 }
 
 

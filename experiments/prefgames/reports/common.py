@@ -13,6 +13,7 @@ from research.config import RunConfig
 _NAMES = {
   "online_ipo_uniform": "online IPO, uniform pairs (OMD)",
   "online_ipo_policy": "online IPO, own pairs",
+  "online_dpo": "online DPO",
   "nash_md": "Nash-MD",
   "nash_md_decay": "Nash-MD, 1/t steps",
   "nash_md_pg": "Nash-MD-PG",
