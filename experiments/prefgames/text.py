@@ -15,7 +15,6 @@ from typing import Any, Literal
 import jax
 from jax import numpy as jnp
 import optax
-from research.preference.online import OnlineConfig
 
 from research import data, optim
 from research.checkpoint import Checkpoints
@@ -30,6 +29,7 @@ from research.models.transformer import Transformer, flops_per_token
 from research.preference import judge, online, supervised
 from research.preference.losses import over_rows
 from research.preference.methods import METHODS
+from research.preference.online import OnlineConfig
 from research.preference.samplers import Policy, Reference, draw
 
 
