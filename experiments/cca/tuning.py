@@ -16,6 +16,7 @@ import numpy as np
 from experiments.cca import losses
 from experiments.cca.losses import LOSSES
 from research.errors import check
+from research.evals.image_likelihood import log_likelihoods
 from research.kernels.dispatch import on_mesh, place
 from research.mesh import BATCH
 from research.metrics import Mean
@@ -85,7 +86,9 @@ def batch_shapes(
       later = (rows, model.tokens - model.scales[0] ** 2, model.code_width)
       shapes[reads] = jax.ShapeDtypeStruct(later, jnp.float32)
   if cached:
-    shapes |= {"others": label, "reference_log_probs": jax.ShapeDtypeStruct((rows, 2, 2), jnp.float32)}
+    shapes["reference_log_probs"] = jax.ShapeDtypeStruct((rows, 2, 2), jnp.float32)
+    if cfg.method != "ddo":
+      shapes["others"] = label
   return shapes
 
 
@@ -97,6 +100,41 @@ def check_data(codes: np.ndarray, labels: np.ndarray, model: LlamaGenConfig | VA
   for name, x, most in (("codes", codes, model.vocab), ("labels", labels, model.classes)):
     low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
     check(low >= 0 and high < most, name, f"{low} .. {high}", f"the model's lie in 0 .. {most - 1}")
+
+
+def fixed_pairs(labels: np.ndarray, seed: int) -> np.ndarray:
+  """`others` for `loss`: a mismatched class int32 [images] for each image of a data set, drawn once for a whole run.
+
+  That of the next image in a random order: no image gets its own by its place, and each label is used as often as it
+  occurs.
+  """
+  order = np.random.default_rng(seed).permutation(len(labels))
+  others = np.empty(len(labels), np.int32)
+  others[order] = np.roll(labels[order], -1)
+  return others
+
+
+def reference_log_probs(
+  reference: Any,
+  codes: np.ndarray,
+  labels: np.ndarray,
+  others: np.ndarray | None = None,
+  fakes: np.ndarray | None = None,
+  **options: Any,
+) -> np.ndarray:
+  """What `loss` takes in the place of phi, float32 [images, 2, 2], for a whole data set whose pairs are fixed.
+
+  others: see `fixed_pairs`; for ddo `fakes` int32 [images, tokens] in their place. options: see
+  `research.evals.image_likelihood.log_likelihoods`. Three forwards an image (ddo: four), for all runs that start
+  from this reference; each of their steps then spares two.
+  """
+  null = np.full_like(labels, reference.cfg.classes)
+  if fakes is not None:
+    pairs = [log_likelihoods(reference, x, np.stack([labels, null], 1), **options) for x in (codes, fakes)]
+  else:
+    log_p = log_likelihoods(reference, codes, np.stack([labels, others, null], 1), **options)
+    pairs = [log_p[:, [0, 2]], log_p[:, [1, 2]]]
+  return np.stack(pairs, axis=1).astype(np.float32)
 
 
 def loss(
@@ -114,54 +152,56 @@ def loss(
   class; margin, reward_accuracy: by how much, and how often, the first is above the second; drift: mean size of all;
   ce: cross-entropy in nats a token under the class. Raises UserError before anything is compiled.
   """
-  keys = dict(zip(("null", "order", "model", "reference"), _split(key), strict=True))
-  check(
-    not cfg.dropout or model.cfg.class_dropout == 0, "model.class_dropout", model.cfg.class_dropout, "use 0 to tune"
-  )
-  weights = place(batch["weights"], P(BATCH))
-  labels, null = place(batch["labels"], P(None)), _null(keys["null"], cfg, len(batch["labels"]))
+  drops = model.cfg.class_dropout
+  check(not cfg.dropout or drops == 0, "model.class_dropout", drops, "use 0: the tuning's own uncond drops classes")
+  reads_codes = isinstance(model.cfg, LlamaGenConfig)
+  check(reads_codes or "inputs" in batch, "inputs", "absent", "VAR reads what VQVAE.inputs makes of the codes")
+  null_key, order_key, *keys = [None] * 4 if key is None else jax.random.split(key, 4)
+  labels, null = place(batch["labels"], P(None)), _null(null_key, cfg, len(batch["labels"]))
+  null_class = model.cfg.classes
   if cfg.method == "gft":
-    return _guidance_free(model, batch, jnp.where(null, model.cfg.classes, labels), weights, keys["model"], cfg)
+    return _guidance_free(model, batch, jnp.where(null, null_class, labels), keys[0], cfg)
   if cfg.method == "ddo":
-    labels, same = jnp.where(null, model.cfg.classes, labels), jnp.zeros_like(null)
-    others, second = labels, ("fakes", "fake_inputs")
+    labels, second = jnp.where(null, null_class, labels), ("fakes", "fake_inputs")
+    others, same, differ = labels, jnp.zeros_like(null), ~null
   else:
-    labels, others, same = _mismatched(batch, labels, null, keys["order"], cfg, model.cfg.classes)
-    second = ("codes", "inputs")
+    others, second = _others(batch, labels, order_key, cfg), ("codes", "inputs")
+    labels, others, same = losses.negatives(labels, null, null_class, others)
+    same, differ = same if cfg.collisions else null, labels != others
   codes, both = _pair(batch["codes"], batch[second[0]]), _pair(labels, others)
-  reads = _pair(batch["inputs"], batch[second[1]]) if "inputs" in batch else codes
-  score = lambda model, key: _split_pairs(model.log_likelihood(model(reads, both, key if cfg.dropout else None), codes))
-  log_p = score(model, keys["model"])
+  reads = codes if reads_codes else _pair(batch["inputs"], batch[second[1]])
+  null, same, differ = (place(x, P(BATCH)) for x in (null, same, differ))
+
+  def score(model, key):
+    return _split_pairs(model.log_likelihood(model(reads, both, key if cfg.dropout else None), codes))
+
+  log_p = score(model, keys[0])
   if "reference_log_probs" in batch:
-    fix = "phi's log-likelihoods are computed ahead without it; use false, or phi itself"
-    check(not cfg.dropout, "dropout", cfg.dropout, fix)
-    cached = place(batch["reference_log_probs"], P(BATCH, None, None))
-    log_phi = jnp.where(place(null, P(BATCH))[:, None], cached[..., 1], cached[..., 0])
+    log_phi = _cached(batch, null, cfg)
   else:
     _check_reference(model, reference)
-    log_phi = score(reference, keys["reference"])
-  pos, neg = (jnp.squeeze(x, 1) for x in jnp.split(log_p - jax.lax.stop_gradient(log_phi), 2, axis=1))
-  null, same = place(null, P(BATCH)), place(same, P(BATCH))
+    log_phi = score(reference, keys[1])
+  gaps = log_p - jax.lax.stop_gradient(log_phi)
+  ce = -log_p[:, 0] / codes.shape[1]
+  return _means(gaps, ce, place(batch["weights"], P(BATCH)), null, same, differ, cfg)
+
+
+def _means(gaps, ce, weights, null, same, differ, cfg):
+  pos, neg = (jnp.squeeze(x, 1) for x in jnp.split(gaps, 2, axis=1))
   name = "cca" if cfg.method == "ddo" else cfg.method
-  rows = losses.rows(name, pos, neg, same, beta=cfg.beta, lam=cfg.lam, masked=cfg.masked)
-  at_start = losses.at_start(name, same, beta=cfg.beta, lam=cfg.lam, masked=cfg.masked)
+  settings = {"beta": cfg.beta, "lam": cfg.lam, "masked": cfg.masked}
   mean = lambda x, where=True: Mean(jnp.sum(jnp.where(where, weights * x, 0)), jnp.sum(jnp.where(where, weights, 0)))
-  differ = ~(null | same)
   return {
-    "loss": mean(rows),
-    "loss_at_start": mean(at_start),
+    "loss": mean(losses.rows(name, pos, neg, same, **settings)),
+    "loss_at_start": mean(losses.at_start(name, same, **settings)),
     "reward_pos": mean(pos, ~null),
     "reward_neg": mean(neg, differ),
     "reward_null": mean(pos, null),
     "reward_accuracy": mean((pos > neg).astype(jnp.float32), differ),
     "margin": mean(pos - neg, differ),
     "drift": mean((jnp.abs(pos) + jnp.abs(neg)) / 2),
-    "ce": mean(-log_p[:, 0] / codes.shape[1], ~null),
+    "ce": mean(ce, ~null),
   }
-
-
-def _split(key):
-  return [None] * 4 if key is None else list(jax.random.split(key, 4))
 
 
 def _null(key, cfg, rows):
@@ -171,22 +211,26 @@ def _null(key, cfg, rows):
   return place(jax.random.bernoulli(key, cfg.uncond, (rows,)), P(None))
 
 
-def _mismatched(batch, labels, null, key, cfg, null_class):
+def _others(batch, labels, key, cfg):
+  """The mismatched class of each row."""
   if "others" in batch:
-    others = place(batch["others"], P(None))
-  else:
-    fix = "an image alone has no other to take a class from; use 2 or more (of a micro-batch: batch / accumulate)"
-    check(len(labels) >= 2, "batch", len(labels), fix)
-    shuffled = cfg.negatives == "permutation" and key is not None
-    order = place(jax.random.permutation(key, len(labels)), P(None)) if shuffled else None
-    others = losses.neighbours(labels, order)
-  labels, others, same = losses.negatives(labels, null, null_class, others)
-  return labels, others, same if cfg.collisions else null
+    return place(batch["others"], P(None))
+  fix = "an image alone has no other to take a class from; use 2 or more (a micro-batch has batch / accumulate)"
+  check(len(labels) >= 2, "batch", len(labels), fix)
+  shuffled = cfg.negatives == "permutation" and key is not None
+  return losses.neighbours(labels, place(jax.random.permutation(key, len(labels)), P(None)) if shuffled else None)
 
 
-def _guidance_free(model, batch, labels, weights, key, cfg):
+def _cached(batch, null, cfg):
+  check(not cfg.dropout, "dropout", cfg.dropout, "reference_log_probs are made without it; use false, or the reference")
+  check(cfg.method == "ddo" or "others" in batch, "others", "absent", "reference_log_probs are of fixed pairs")
+  cached = place(batch["reference_log_probs"], P(BATCH, None, None))
+  return jnp.where(null[:, None], cached[..., 1], cached[..., 0])
+
+
+def _guidance_free(model, batch, labels, key, cfg):
   """Cross-entropy of logits mixed with those under the null class."""
-  codes = place(batch["codes"], P(BATCH, None))
+  weights, codes = place(batch["weights"], P(BATCH)), place(batch["codes"], P(BATCH, None))
   reads, key = batch.get("inputs", codes), key if cfg.dropout else None
   labels, sg = place(labels, P(BATCH)), jax.lax.stop_gradient
   x = model(reads, labels, key)
@@ -221,15 +265,17 @@ def _check_reference(model, reference):
   check(ours == theirs, "reference", differ, "is of another architecture; use the model that the run starts from")
 
 
+_metrics = jax.jit(loss, static_argnames="cfg")
+
+
 def self_check(model: Any, batch: dict[str, jax.Array], reference: Any = None, *, cfg: TuningConfig) -> None:
   """Raises UserError unless theta is phi on `batch`, so that the first loss is what it must be.
 
   For `Experiment.check_start`. Tried without dropout: with it nothing can be known exactly.
   """
   if cfg.has_reference:
-    plain = dataclasses.replace(cfg, dropout=False)
-    run = jax.jit(lambda *x: loss(*x, cfg=plain))
-    means = jax.block_until_ready(run(model, batch, jax.random.key(0), reference))
+    means = _metrics(model, batch, jax.random.key(0), reference, cfg=dataclasses.replace(cfg, dropout=False))
+    means = jax.block_until_ready(means)
     check_start({name: float(mean.value) for name, mean in means.items()}, batch["codes"].shape[1])
 
 
