@@ -47,8 +47,8 @@ def get_config(arg=None):
   return c
 
 
-def arms(tiny=False):
-  """(name, overrides) of every stage; tiny: as long as the config says."""
+def arms(tiny=False, steps=1000):
+  """(name, overrides) of every stage, of the model with so many steps; tiny: as long as the config says."""
 
   def stage(name, task, steps, lr, *more):
     size = () if tiny else (f"steps={steps}", "batch=64", f"tx.lr={lr}", "tx.schedule=cosine", "tx.warmup=20")
@@ -62,7 +62,7 @@ def arms(tiny=False):
     stage("tokenizer", "tokenizer", 400, 2e-3),
     stage("classifier", "classifier", 300, 2e-3),
     stage("judge", "classifier", 300, 2e-3, *other),
-    stage("model", "model", 1000, 1e-3, "tx.weight_decay=0.5", scales(SCALES)),
+    stage("model", "model", steps, 1e-3, "tx.weight_decay=0.5", scales(SCALES)),
     tune("dpo", "tune.method=dpo"),
     tune("unlearning", "tune.method=unlearning", "tune.lam=0.5"),
     tune("nca", "tune.method=nca"),
