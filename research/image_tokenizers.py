@@ -68,9 +68,14 @@ _SIGNED = (np.arange(256) / 127.5 - 1).astype(np.float32)  # rounded once, as wh
 
 
 @jax.jit
-def encode(tokenizer: VQ | VQVAE, pixels: jax.Array) -> jax.Array:
+def encode_pixels(tokenizer: VQ | VQVAE, pixels: jax.Array) -> jax.Array:
   """Images uint8 [batch, size, size, channels] -> codes int32 [batch, tokens]."""
-  images = jnp.asarray(_SIGNED).at[place(pixels, IMAGES)].get(out_sharding=IMAGES)
+  return encode(tokenizer, jnp.asarray(_SIGNED).at[place(pixels, IMAGES)].get(out_sharding=IMAGES))
+
+
+@jax.jit
+def encode(tokenizer: VQ | VQVAE, images: jax.Array) -> jax.Array:
+  """Images float32 [batch, size, size, channels] in [-1, 1] -> codes int32 [batch, tokens]."""
   with jax.default_matmul_precision("highest"):  # else a TPU or a GPU rounds, and near ties fall otherwise
     codes = tokenizer.encode(images)
   return codes if codes.ndim == 2 else reshape_rows(codes, codes.shape[1] * codes.shape[2])

@@ -159,6 +159,8 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
     if fakes:
       start = str(made["sibling"](cfg.init_from.removeprefix("arm:")))
       parts.append(evaluation.fakes(start, book, cfg.data, cfg.seed))
+    for rows in parts[0].values():
+      tuning.check_data(rows["codes"], rows["labels"], cfg.model)
     return {split: {name: x for part in parts for name, x in part[split].items()} for split in SPLITS}
 
   def rows(split):

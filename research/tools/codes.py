@@ -118,7 +118,7 @@ def _write_split(source: images.Images, split: str, entry: dict, tokenizer, root
     waiting = None
     for chunk in _chunks(source, entry["cursor"], size, views, at_once, pool):
       # encoded while the next images are read, written after that
-      made = image_tokenizers.encode(tokenizer, to_devices({"x": chunk[2]})["x"])
+      made = image_tokenizers.encode_pixels(tokenizer, to_devices({"x": chunk[2]})["x"])
       _add(writer, waiting, len(views), bar)
       waiting = (*chunk[:2], made)
     _add(writer, waiting, len(views), bar)

@@ -79,7 +79,7 @@ def test_rows_hold_the_codes_of_every_view_and_the_label(written, pictures):
   assert len(rows) == len(found) == COUNT - 1
   with small.use():
     tokenizer = image_tokenizers.load(VQ)
-    encode = lambda pixels: np.asarray(image_tokenizers.encode(tokenizer, pixels))
+    encode = lambda pixels: np.asarray(image_tokenizers.encode_pixels(tokenizer, pixels))
     for i in (0, 8, COUNT - 2):
       crops = images.ten_crops(found[i]["images"], 8)
       assert rows[i]["views"].shape == (10, 16)
