@@ -6,7 +6,7 @@ loop (EGPO 4 a row and update, own pairs 1). Uniform pairs are uniform; in the a
 has for language models, the policy at temperature 2 cut to its likeliest ids, here 2 of 4. XPO draws from the pairs of
 its last 50 updates; SPPO's reference is its policy of at most 20 updates ago, its b is 1 / eta = 1. `:cyclic=0` is the
 control, a Bradley-Terry preference; what lies between is a mixture.
-Cost: a run takes about 15 s on 2 CPU cores the first time, less with the next seeds, whose programs are there already.
+Cost: about 6 minutes on 2 CPU cores, half of them to compile the eleven arms.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/sequence.py
 """
