@@ -42,6 +42,8 @@ class Experiment:
   info: () -> what the manifest says of the data. The first call reads the data and
     raises UserError for what is wrong with it; building an experiment reads nothing.
   batch: () -> shapes and dtypes of a whole batch of all processes, to compile without data; reads nothing.
+  check_start: called with the model and the reference (None without one) before the first step of a run that resumes
+    nothing; raises UserError where a run must not begin.
   prepare: called once before the run's first step, with a function from the name of an earlier arm of the
     command to its directory of checkpoints (of the same seed): for data that another model makes.
   train_step: another update than `default_train_step`, with its arguments and results.
@@ -57,6 +59,7 @@ class Experiment:
   batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
   reference: bool = False
   companion: Callable[[], Any] | None = None
+  check_start: Callable[[Any, Any], None] = lambda model, reference: None
   prepare: Callable[[Callable[[str], Any]], None] = lambda sibling: None
   train_step: Callable[..., Any] | None = None
 
@@ -202,6 +205,12 @@ def abstract_reference(exp: Experiment, state: TrainState) -> Any:
   return reference if exp.companion is None else (reference, on_devices(jax.eval_shape(exp.companion)))
 
 
+def frozen(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from: Callable[[Any], Any] | None) -> Any:
+  """What `jit_step` takes beside a state and a batch: the reference, the companion, both, or None."""
+  reference = start_state(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
+  return reference if exp.companion is None else (reference, jax.block_until_ready(exp.companion()))
+
+
 def if_any(reference: Any) -> tuple:
   """The further arguments of a loss."""
   return () if reference is None else (reference,)
@@ -239,9 +248,9 @@ def fit(
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
-  reference = _start(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
-  if exp.companion is not None:
-    reference = (reference, jax.block_until_ready(exp.companion()))
+  reference = frozen(exp, cfg, abstract, init_from)
+  if not start:
+    exp.check_start(state.model, reference)
   step_fn = jit_step(exp, cfg, abstract)
   log = _Log(cfg, exp, writer, checkpoints)
   evaluate = Evaluator(exp, cfg, reference)
@@ -315,10 +324,10 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
-  return _start(exp, cfg, abstract, init_from), 0
+  return start_state(exp, cfg, abstract, init_from), 0
 
 
-def _start(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
+def start_state(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
   """The state before the first step of a run that resumes nothing."""
   state = fresh_state(exp, abstract, cfg.seed)
   if init_from is not None:

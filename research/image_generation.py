@@ -47,6 +47,24 @@ def llamagen_tokens(
   return jax.device_get(made)[: len(labels)]
 
 
+def var_tokens(
+  model: VAR,
+  tokenizer: VQVAE,
+  labels: Sequence[int],
+  *,
+  guidance: float = 0.0,
+  sampling: Sampling = _PLAIN,
+  seed: int = 0,
+) -> np.ndarray:
+  """Codes int32 [len(labels), tokens] drawn for each class; what `tokenizer` makes of a scale is read at the next.
+
+  guidance: at scale i of K logits are (1 + t) class - t null, t = guidance i / (K - 1); 0: no guidance,
+  at half the cost. What a row gets depends on the seed and its place, not on the other rows. Raises UserError.
+  """
+  codes, _ = _draw_var(model, tokenizer, labels, guidance, sampling, seed)
+  return jax.device_get(codes)[: len(labels)]
+
+
 def var_images(
   model: VAR,
   tokenizer: VQVAE,
@@ -56,16 +74,9 @@ def var_images(
   sampling: Sampling = _PLAIN,
   seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Codes int32 [len(labels), tokens] drawn for each class, and their images, float32 NHWC in [-1, 1].
-
-  guidance: at scale i of K logits are (1 + t) class - t null, t = guidance i / (K - 1); 0: no guidance,
-  at half the cost. What a row gets depends on the seed and its place, not on the other rows. Raises UserError.
-  """
-  check(guidance >= 0, "guidance", guidance, "use 0 (none) or more")
-  check_tokenizer(model, tokenizer)
-  rows, scale = _rows(labels, model.cfg.classes), jnp.asarray(guidance, jnp.float32)
-  made = _var(model, tokenizer, rows, jax.random.key(seed), scale, guided=guidance > 0, sampling=sampling)
-  codes, images = jax.device_get(made)
+  """As `var_tokens`, and the images that the codes stand for, float32 NHWC in [-1, 1]."""
+  codes, features = _draw_var(model, tokenizer, labels, guidance, sampling, seed)
+  codes, images = jax.device_get((codes, _decoded(tokenizer, features)))
   return codes[: len(labels)], images[: len(labels)]
 
 
@@ -100,8 +111,16 @@ def _llamagen(model, labels, key, scale, last, *, guided: bool, sampling: Sampli
   return jnp.concatenate([first[None], rest]).T
 
 
+def _draw_var(model, tokenizer, labels, guidance, sampling, seed):
+  check(guidance >= 0, "guidance", guidance, "use 0 (none) or more")
+  check_tokenizer(model, tokenizer)
+  rows, scale = _rows(labels, model.cfg.classes), jnp.asarray(guidance, jnp.float32)
+  return _var(model, tokenizer, rows, jax.random.key(seed), scale, guided=guidance > 0, sampling=sampling)
+
+
 @functools.partial(jax.jit, static_argnames=("guided", "sampling"))
 def _var(model, tokenizer, labels, key, scale, *, guided: bool, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+  """Codes, and the features of the images that they stand for."""
   batch, scales, out = len(labels), model.cfg.scales, []
   labels = _with_null(labels, model.cfg.classes, guided)
   x, cache = model.begin(labels)
@@ -118,7 +137,12 @@ def _var(model, tokenizer, labels, key, scale, *, guided: bool, sampling: Sampli
     if i + 1 < len(scales):
       inputs = _twice(place(tokenizer.next_input(features, i), P(None, None, None)), guided)
       x, cache = model.extend(inputs, labels, cache)
-  return jnp.concatenate(out, axis=1), jnp.clip(tokenizer.decode(features), -1, 1)
+  return jnp.concatenate(out, axis=1), features
+
+
+@jax.jit
+def _decoded(tokenizer, features):
+  return jnp.clip(tokenizer.decode(features), -1, 1)
 
 
 def _rows(labels: Sequence[int], classes: int) -> np.ndarray:

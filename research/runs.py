@@ -1,6 +1,7 @@
 """Trained models out of workdirs, for tools and notebooks."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import os
 from typing import Any
@@ -36,7 +37,8 @@ def read_config(workdir: str | os.PathLike) -> config.RunConfig:
 def find(workdir: str | os.PathLike, run: str | None = None) -> tuple[str, config.RunConfig]:
   """(name, config) of one of a workdir's runs, "ARM-SEED", with steps saved; None: the only one. Raises UserError."""
   workdir = paths.parse(workdir)
-  held = {f"{arm}-{cfg.seed}": cfg for arm, cfg in config.expand(read_config(workdir))}
+  cfg = dataclasses.replace(read_config(workdir), only=())  # of the last command; others may have trained other arms
+  held = {f"{arm}-{one.seed}": one for arm, one in config.expand(cfg)}
   for path in (workdir / "checkpoints").glob("*"):  # seeds may have been added by a later command
     arm, _, seed = path.name.rpartition("-")
     cfg = next((c for name, c in held.items() if name.rpartition("-")[0] == arm), None)

@@ -222,6 +222,25 @@ def away_from_reference(model, batch, key, reference):
   return means | {"apart": Mean(apart, jnp.ones(()))}
 
 
+def test_a_start_is_checked_with_its_reference_before_the_first_step_and_not_where_a_run_goes_on(tmp_path):
+  checked = []
+
+  def check_start(model, reference):
+    np.testing.assert_array_equal(model.w[...], reference.w[...])
+    checked.append(reference)
+    if len(checked) == 2:
+      raise UserError("start", "other", "refused")
+
+  exp = experiment(loss=away_from_reference, reference=True, check_start=check_start)
+  train(tmp_path, settings(steps=4), exp)
+  train(tmp_path, settings(steps=8), exp)
+  assert len(checked) == 1
+  (tmp_path / "new").mkdir()
+  with pytest.raises(UserError, match="start=other"):
+    train(tmp_path / "new", settings(steps=4), exp)
+  assert not Checkpoints(tmp_path / "new" / "checkpoints", 9).steps()
+
+
 @pytest.mark.parametrize("start", [None, 7.0])
 def test_the_reference_is_where_the_run_started_and_stays_there_through_a_restart(tmp_path, start):
   fill = start and (lambda abstract: jax.tree.map(lambda x: jnp.full(x.shape, start, x.dtype), abstract))

@@ -61,16 +61,25 @@ def rows(name: str, pos, neg, same, *, beta: float, lam: float, masked: bool = T
 
 def at_start(name: str, same, *, beta: float, lam: float, masked: bool = True):
   """`rows` where p_theta is p_phi: what the first step must see if the reference is where the run started."""
-  zero = jnp.zeros(same.shape, jnp.float32)
+  zero = jnp.zeros_like(same, jnp.float32)  # stands as `same` does
   return rows(name, zero, zero, same, beta=beta, lam=lam, masked=masked)
 
 
-def negatives(labels, null, null_class: int):
-  """(labels [rows], other labels [rows], same [rows]) of a batch, all processes' together.
+def neighbours(labels, order=None):
+  """The label [rows] that each image of a batch, all processes' together, is mismatched with.
 
-  Each image gets its neighbour's label, the last one the first's; then where `null` [rows] both become the
-  null class. (A permutation in the place of the neighbour: permute the batch before.)
+  That of the next one, the last one's is the first's. order: a permutation of the rows, as which they stand.
   """
-  others = jnp.roll(labels, -1)
+  if order is None:
+    return jnp.roll(labels, -1)
+  return jnp.zeros_like(labels).at[order].set(jnp.roll(labels[order], -1))
+
+
+def negatives(labels, null, null_class: int, others=None):
+  """(labels [rows], other labels [rows], same [rows]) of a batch.
+
+  others: default those of `neighbours`. Where `null` [rows] both become the null class.
+  """
+  others = neighbours(labels) if others is None else others
   same = null | (others == labels)
   return jnp.where(null, null_class, labels), jnp.where(null, null_class, others), same

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
 from research.errors import check
 from research.fit import to_devices
+from research.kernels.cross_entropy.api import row_cross_entropy
 from research.kernels.dispatch import axis_size
 from research.models.decoder import Decoder, next_token_loss
 
@@ -56,19 +56,9 @@ def log_likelihoods(
 
 @jax.jit
 def _row_sums(model, batch) -> jax.Array:
-  """Cross-entropy in nats of each row, summed where it has weight; the logits of a few columns at a time."""
+  """Cross-entropy in nats of each row, summed where it has weight."""
   x = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-  cut = lambda z: jnp.moveaxis(z.reshape(z.shape[0], -1, _MULTIPLE, *z.shape[2:]), 1, 0)
-
-  def part(args):
-    x, targets, weights = args
-    logits = model.unembed(x)
-    # a comparison, not a gather: the vocabulary may be cut along the mesh
-    of_target = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - of_target
-    return jnp.sum(jnp.where(weights > 0, weights * nats, 0), axis=1)
-
-  return jnp.sum(jax.lax.map(part, tuple(map(cut, (x, batch["targets"], batch["weights"])))), axis=0)
+  return row_cross_entropy(x, model.head_weight(), batch["targets"], batch["weights"])
 
 
 def perplexity(model: Decoder, data: Any, bytes_of_text: int) -> dict[str, float]:

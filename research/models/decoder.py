@@ -8,7 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from research.errors import check
-from research.kernels.cross_entropy.api import cross_entropy
+from research.kernels.cross_entropy.api import cross_entropy, row_cross_entropy
 from research.kernels.dispatch import platform
 from research.mesh import HIDDEN, Partition
 from research.metrics import Mean
@@ -101,6 +101,15 @@ def log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   """log p of `tokens` int32 [batch, length] under float32 `logits` [batch, length, vocab], [batch, length]."""
   picked = tokens[..., None] == jnp.arange(logits.shape[-1])  # not a gather: the vocabulary may be cut
   return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def row_log_likelihood(x: jax.Array, weight: jax.Array, tokens: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """log p of each row of `tokens` int32 [batch, length], float32 [batch]: a sum over its tokens, in nats.
+
+  x [batch, length, width]: final hidden states; logits are x @ weight [width, vocab] + bias [vocab]. Those of a few
+  tokens are there at a time, also for the gradients.
+  """
+  return -row_cross_entropy(x, weight, tokens, jnp.ones_like(tokens, jnp.float32), bias)
 
 
 def over_layers(f: Callable, x: Any, xs: Any, layer_loop: str) -> tuple[Any, Any]:

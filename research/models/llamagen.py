@@ -16,6 +16,7 @@ from research.kernels.cross_entropy.api import cross_entropy
 from research.kernels.dispatch import place
 from research.mesh import HIDDEN, PARTITIONS, TOKENS, MeshConfig
 from research.metrics import Mean
+from research.models import decoder
 from research.models.transformer import Transformer, TransformerConfig
 from research.nn.attention import Cache
 from research.nn.dropout import drop_labels, dropout
@@ -134,6 +135,10 @@ class LlamaGen(nnx.Module):
   def unembed(self, x: jax.Array) -> jax.Array:
     """Final hidden states [batch, length, width] -> float32 logits [batch, length, vocab]."""
     return self.decoder.unembed(x)
+
+  def log_likelihood(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Final hidden states of `tokens` [batch, length] -> log p of each row in nats, float32 [batch]."""
+    return decoder.row_log_likelihood(x, self.head_weight(), tokens)
 
   def logits(self, tokens: jax.Array, labels: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """float32 [batch, length, vocab], of each token given the class and the tokens before it."""

@@ -305,10 +305,17 @@ class VAR(nnx.Module):
     scale, shift = jnp.split(self.ada(classes), 2, axis=1)
     return standardize(x, self.cfg.norm_eps, POLICIES[self.cfg.precision]) * (1 + scale) + shift
 
+  def head_weight(self) -> jax.Array:
+    """The output projection [width, vocab] in the compute dtype, gathered along `data`; to it comes `head_bias`."""
+    return POLICIES[self.cfg.precision].weight(self.head[...])
+
   def unembed(self, x: jax.Array) -> jax.Array:
     """Final hidden states [batch, length, width] -> float32 logits [batch, length, vocab]."""
-    policy = POLICIES[self.cfg.precision]
-    return decoder.unembed(x, policy.weight(self.head[...])) + self.head_bias[...].astype(jnp.float32)
+    return decoder.unembed(x, self.head_weight()) + self.head_bias[...].astype(jnp.float32)
+
+  def log_likelihood(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Final hidden states of `tokens` [batch, length] -> log p of each row in nats, float32 [batch]."""
+    return decoder.row_log_likelihood(x, self.head_weight(), tokens, self.head_bias[...])
 
   def logits(self, inputs: jax.Array, labels: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """float32 [batch, tokens, vocab], of each token given the class and the coarser scales."""

@@ -8,7 +8,7 @@ import pytest
 
 from research.errors import UserError
 from research.kernels.cross_entropy import reference, xla
-from research.kernels.cross_entropy.api import cross_entropy
+from research.kernels.cross_entropy.api import cross_entropy, row_cross_entropy
 from research.mesh import MeshConfig, make_mesh
 
 grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))
@@ -57,7 +57,7 @@ def test_value_and_gradients_are_those_of_float64():
 def test_the_chunk_size_does_not_matter(chunk):
   args = operands()
   loss, (dx, dw) = truth(*args)
-  got = jax.jit(functools.partial(xla.value_and_grads, chunk=chunk))(*args)
+  got = jax.jit(functools.partial(xla.value_and_grads, chunk=chunk))(*args)  # no gradient of a bias
   assert max(relative_errors(got, (loss, dx, dw))) < 1e-6
   np.testing.assert_allclose(jax.jit(functools.partial(xla.value, chunk=chunk))(*args), loss, rtol=1e-6)
 
@@ -129,6 +129,64 @@ def test_a_sharded_call_gives_the_unsharded_result(mesh, implementation):
     np.testing.assert_allclose(
       jax.jit(functools.partial(cross_entropy, implementation=implementation))(*args), want[0], rtol=1e-6
     )
+
+
+def row_operands(**sizes):
+  """Operands with a bias, and how much each row counts."""
+  args = operands(**sizes)
+  rng = np.random.default_rng(1)
+  bias = rng.standard_normal(args[1].shape[1]).astype(np.float32)
+  return (*args, bias), rng.standard_normal(len(args[0])).astype(np.float32)
+
+
+def row_grads(counts, x, w, targets, weights, bias, **options):
+  """(rows, gradients by x, w and bias) of rows that count as much as their value says, too."""
+
+  def f(x, w, bias):
+    rows = row_cross_entropy(x, w, targets, weights, bias, **options)
+    return jnp.sum(counts * rows**2 / 1000), rows
+
+  (_, rows), gradients = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(x, w, bias)
+  return rows, gradients
+
+
+def row_truth(counts, args):
+  with jax.enable_x64(True):
+    args = [jnp.asarray(a, jnp.float64) if a.dtype == np.float32 else a for a in args]
+    f = jax.jit(functools.partial(row_grads, implementation="reference"))
+    return jax.tree.map(np.asarray, f(jnp.asarray(counts, jnp.float64), *args))
+
+
+def test_rows_and_their_gradients_are_those_of_float64_and_add_up_to_the_whole():
+  args, counts = row_operands()
+  rows, _ = want = row_truth(counts, args)
+  assert max(relative_errors(jax.jit(row_grads)(counts, *args), want)) < 2e-6
+  no_bias = jax.jit(row_cross_entropy)(*args[:4])
+  np.testing.assert_allclose(no_bias.sum(), jax.jit(cross_entropy)(*args[:4]), rtol=1e-6)
+  assert np.abs(no_bias - rows).max() > 1
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "model": 2}, {"replica": 2, "data": 2}])
+def test_rows_on_several_devices_are_those_of_one(mesh):
+  args, counts = row_operands()
+  want = row_truth(counts, args)
+  with jax.set_mesh(make_mesh(MeshConfig(**mesh))):
+    batch = ("replica", "data")
+    specs = (jax.P(batch, None, None), jax.P("data", "model"), jax.P(batch, None), jax.P(batch, None), jax.P("model"))
+    args = [jax.device_put(a, s) for a, s in zip(args, specs, strict=True)]
+    rows, grads = jax.jit(row_grads)(jax.device_put(counts, jax.P(batch)), *args)
+    assert [g.sharding.spec for g in grads] == [specs[0], specs[1], specs[4]]
+    assert max(relative_errors((rows, grads), want)) < 5e-6
+
+
+def test_gradients_of_rows_hold_no_logits_of_the_whole_batch():
+  args, counts = row_operands(batch=2, length=1024, width=16, vocab=8192)
+  temp = lambda **options: (
+    jax.jit(functools.partial(row_grads, **options)).lower(counts, *args).compile().memory_analysis().temp_size_in_bytes
+  )
+  logits = 4 * 2048 * 8192
+  assert temp(implementation="reference") >= logits
+  assert temp() < 0.4 * logits
 
 
 def test_one_small_collective_stands_inside_the_loop():

@@ -1,7 +1,8 @@
-"""The arms' names in words."""
+"""Names of arms and losses in words."""
 
 _NAMES = {
   "cca": "CCA",
+  "cca_cfg": "CCA, guidance kept",
   "collisions": "CCA, colliding labels as positives",
   "dpo": "DPO",
   "nca": "NCA",

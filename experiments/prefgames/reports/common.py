@@ -13,6 +13,7 @@ from research.config import RunConfig
 _NAMES = {
   "online_ipo_uniform": "online IPO, uniform pairs (OMD)",
   "online_ipo_policy": "online IPO, own pairs",
+  "online_dpo": "online DPO",
   "nash_md": "Nash-MD",
   "nash_md_decay": "Nash-MD, 1/t steps",
   "nash_md_pg": "Nash-MD-PG",
@@ -29,6 +30,11 @@ _NAMES = {
   "xpo_strong": "XPO, bonus ten times as large",
   "xpo_flipped": "XPO, bonus's sign turned",
   "uniform": "DPO, both uniform",
+  "online": "online: own pairs, proxy's labels",
+  "online_golden": "online, golden labels",
+  "offline": "offline: recorded pairs and labels",
+  "offline_proxy": "offline, proxy's labels",
+  "shuffled": "offline on the online run's pairs",
 }
 KINDS = {"uniform": "random games", "transitive": "transitive games", "cycle": "cycles, tilted references"}
 FLOOR = 1e-14  # below it a gap is rounding

@@ -12,6 +12,7 @@ from research.kernels.cross_entropy import reference, xla
 from research.mesh import BATCH, HIDDEN, TOKENS
 
 HEAD = P(None, "model")  # [width, vocab], gathered along `data`
+BIAS = P("model")  # [vocab]
 
 
 def cross_entropy(
@@ -43,6 +44,28 @@ def cross_entropy(
   return (_chunked if chosen == "xla" else reference.cross_entropy)(x, w, targets, weights)
 
 
+def row_cross_entropy(
+  x: jax.Array,
+  w: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  bias: jax.Array | None = None,
+  *,
+  implementation: str | None = None,
+) -> jax.Array:
+  """As `cross_entropy` of x @ w + bias, but for each row a sum of its own: float32 [batch].
+
+  bias: float32 [vocab]. The gradients make the logits again, chunk by chunk: how much a row counts is known only
+  after its value.
+  """
+  _check_shapes(x, w, targets, weights)
+  check(bias is None or bias.shape == w.shape[1:], "bias", getattr(bias, "shape", None), f"use [vocab] = {w.shape[1:]}")
+  chosen = dispatch.choose(implementation, {"xla": None, "reference": None})
+  x, w, bias = dispatch.place(x, HIDDEN), dispatch.place(w, HEAD), dispatch.place(bias, BIAS)
+  targets, weights = dispatch.place(targets, TOKENS), dispatch.place(weights, TOKENS)
+  return (_rows if chosen == "xla" else reference.row_cross_entropy)(x, w, targets, weights, bias)
+
+
 # The custom_vjp stands outside of the shard_map, so that autodiff never transposes a
 # collective. The cotangent of a scalar only scales: the gradients are taken along with
 # the value, while the logits are there, and no logits are computed twice.
@@ -53,11 +76,9 @@ def _chunked(x, w, targets, weights):
 
 
 def _chunked_fwd(x, w, targets, weights):
-  check(
-    not weights.perturbed, "weights", "differentiated", "stop_gradient them; the loss is not differentiable by them"
-  )
+  _refuse_weights(weights)
   run = functools.partial(xla.value_and_grads, model_axis=_model_axis(), batch_axes=_batch_axes())
-  loss, dx, dw = dispatch.per_shard(run, (HIDDEN, HEAD, TOKENS, TOKENS), (P(), HIDDEN, HEAD))(
+  loss, dx, dw, _ = dispatch.per_shard(run, (HIDDEN, HEAD, TOKENS, TOKENS), (P(), HIDDEN, HEAD, None))(
     x.value, w.value, targets.value, weights.value
   )
   # Empty arrays carry the dtypes: the gradients stay float32 and are rounded once, after scaling.
@@ -70,6 +91,41 @@ def _chunked_bwd(residuals, dloss):
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _rows(x, w, targets, weights, bias):
+  nats = functools.partial(xla.nats, model_axis=_model_axis())  # of the mesh: inside of shard_map there is none
+
+  def run(*operands):
+    return (operands[3] * nats(*operands)).sum(axis=1)
+
+  return dispatch.per_shard(run, (HIDDEN, HEAD, TOKENS, TOKENS, BIAS), P(BATCH))(x, w, targets, weights, bias)
+
+
+def _rows_fwd(x, w, targets, weights, bias):
+  operands = [a if a is None else a.value for a in (x, w, targets, weights, bias)]
+  _refuse_weights(weights)
+  return _rows(*operands), operands
+
+
+def _rows_bwd(operands, drows):
+  x, w, targets, weights, bias = operands
+  run = functools.partial(xla.value_and_grads, model_axis=_model_axis(), batch_axes=_batch_axes())
+  scaled = weights * dispatch.place(drows, P(BATCH))[:, None]
+  _, dx, dw, dbias = dispatch.per_shard(run, (HIDDEN, HEAD, TOKENS, TOKENS, BIAS), (P(), HIDDEN, HEAD, BIAS))(
+    x, w, targets, scaled, bias
+  )
+  return dx.astype(x.dtype), dw.astype(w.dtype), None, None, dbias if bias is None else dbias.astype(bias.dtype)
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
+
+
+def _refuse_weights(weights):
+  check(
+    not weights.perturbed, "weights", "differentiated", "stop_gradient them; the loss is not differentiable by them"
+  )
 
 
 def _model_axis() -> str | None:

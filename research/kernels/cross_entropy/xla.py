@@ -19,44 +19,54 @@ LOGITS_BYTES_CPU = 8 * 2**20
 LOGITS_BYTES = 128 * 2**20
 
 
-def value(x, w, targets, weights, *, model_axis=None, batch_axes=(), chunk=None):
-  """The loss alone: x [batch, length, width], w [width, vocab / model], targets and weights [batch, length]."""
+def nats(x, w, targets, weights, bias=None, *, model_axis=None, chunk=None):
+  """-log softmax(x @ w + bias)[targets], float32 [batch, length]; where the weight is 0 it is some finite number.
+
+  x [batch, length, width], w [width, vocab / model], bias [vocab / model], targets and weights [batch, length].
+  """
 
   def body(_, tokens):
     x, targets, _ = tokens
-    logits = _logits(x, w)
+    logits = _logits(x, w, bias)
     peak = logits.max(axis=-1)
     total = jnp.exp(logits - peak[:, None]).sum(axis=-1)
     return None, (peak, total, _of_target(logits, _is_target(targets, logits, model_axis)))
 
-  chunks = _chunks(x, w, targets, weights, chunk)
-  _, stats = jax.lax.scan(body, None, chunks)
+  _, stats = jax.lax.scan(body, None, _chunks(x, w, targets, weights, chunk))
   logsumexp, of_target = _combine(*stats, model_axis)
-  return _psum((chunks[2] * (logsumexp - of_target)).sum(), batch_axes)
+  return (logsumexp - of_target).reshape(-1)[: targets.size].reshape(targets.shape)
 
 
-def value_and_grads(x, w, targets, weights, *, model_axis=None, batch_axes=(), chunk=None):
-  """(loss, dx, dw), the gradients in float32."""
+def value(x, w, targets, weights, *, model_axis=None, batch_axes=(), chunk=None):
+  """The loss alone."""
+  return _psum((weights * nats(x, w, targets, weights, model_axis=model_axis, chunk=chunk)).sum(), batch_axes)
 
-  def body(dw, tokens):
+
+def value_and_grads(x, w, targets, weights, bias=None, *, model_axis=None, batch_axes=(), chunk=None):
+  """(loss, dx, dw, dbias), the gradients in float32; dbias is None without a bias."""
+
+  def body(sums, tokens):
     x, targets, weights = tokens
-    logits = _logits(x, w)
+    logits = _logits(x, w, bias)
     is_target = _is_target(targets, logits, model_axis)
     peak = logits.max(axis=-1)
     total = jnp.exp(logits - peak[:, None]).sum(axis=-1)
     logsumexp, of_target = _combine(peak, total, _of_target(logits, is_target), model_axis)
-    dlogits = weights[:, None] * (jnp.exp(logits - logsumexp[:, None]) - is_target)
-    dlogits = dlogits.astype(x.dtype)
+    exact = weights[:, None] * (jnp.exp(logits - logsumexp[:, None]) - is_target)
+    dlogits = exact.astype(x.dtype)
     dx = jnp.einsum("nv,dv->nd", dlogits, w, preferred_element_type=jnp.float32)
-    dw = dw + jnp.einsum("nd,nv->dv", x, dlogits, preferred_element_type=jnp.float32)
-    return dw, (dx, (weights * (logsumexp - of_target)).sum())
+    dw = sums[0] + jnp.einsum("nd,nv->dv", x, dlogits, preferred_element_type=jnp.float32)
+    dbias = None if bias is None else sums[1] + exact.sum(axis=0)
+    return (dw, dbias), (dx, (weights * (logsumexp - of_target)).sum())
 
   chunks = _chunks(x, w, targets, weights, chunk)
-  dw, (dx, losses) = jax.lax.scan(body, jnp.zeros(w.shape, jnp.float32), chunks)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (w, bias))
+  sums, (dx, losses) = jax.lax.scan(body, zeros, chunks)
   dx = dx.reshape(-1, x.shape[2])[: targets.size].reshape(x.shape)
   if model_axis:
     dx = jax.lax.psum(dx, model_axis)
-  return _psum(losses.sum(), batch_axes), dx, _psum(dw, batch_axes)
+  dw, dbias = jax.tree.map(lambda a: _psum(a, batch_axes), sums)
+  return _psum(losses.sum(), batch_axes), dx, dw, dbias
 
 
 def chunk_size(tokens: int, vocab: int, limit: int) -> int:
@@ -83,8 +93,9 @@ def _chunks(x, w, targets, weights, chunk):
   return split(x), split(targets), split(weights)
 
 
-def _logits(x, w):
-  return jnp.einsum("nd,dv->nv", x, w, preferred_element_type=jnp.float32)
+def _logits(x, w, bias):
+  logits = jnp.einsum("nd,dv->nv", x, w, preferred_element_type=jnp.float32)
+  return logits if bias is None else logits + bias
 
 
 def _is_target(targets, logits, model_axis):
