@@ -26,7 +26,7 @@ from benchmarks import record
 from experiments.cca import tuning
 from experiments.cca.tuning import TuningConfig
 from launch import topology
-from launch.plan import shard_bytes
+from launch.planner import shard_bytes
 from research import cpu, optim
 from research.config import RunConfig
 from research.fit import Experiment, abstract_batch, abstract_state, fresh_state, jit_step, on_devices, to_devices
