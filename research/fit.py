@@ -118,9 +118,14 @@ def abstract_state(exp: Experiment) -> TrainState:
 
 
 def fresh_state(exp: Experiment, abstract: TrainState, seed: int) -> TrainState:
-  """`init_state` for real, where `abstract` says."""
-  init = jax.jit(functools.partial(init_state, exp), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
-  return jax.block_until_ready(init(jax.random.key(seed)))
+  """`init_state` for real, where `abstract` says; without a model where `abstract` has none."""
+
+  def init(key):
+    state = init_state(exp, key)
+    return dataclasses.replace(state, model=None) if abstract.model is None else state
+
+  made = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(jax.random.key(seed))
+  return jax.block_until_ready(made)
 
 
 def abstract_batch(exp: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
@@ -207,7 +212,7 @@ def abstract_reference(exp: Experiment, state: TrainState) -> Any:
 
 def frozen(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from: Callable[[Any], Any] | None) -> Any:
   """What `jit_step` takes beside a state and a batch: the reference, the companion, both, or None."""
-  reference = start_state(exp, cfg, on_devices(abstract), init_from).model if exp.reference else None
+  reference = _start_model(exp, cfg, on_devices(abstract), init_from) if exp.reference else None
   return reference if exp.companion is None else (reference, jax.block_until_ready(exp.companion()))
 
 
@@ -327,13 +332,17 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   return start_state(exp, cfg, abstract, init_from), 0
 
 
+def _start_model(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> Any:
+  return fresh_state(exp, abstract, cfg.seed).model if init_from is None else init_from(abstract.model)
+
+
 def start_state(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
   """The state before the first step of a run that resumes nothing."""
-  state = fresh_state(exp, abstract, cfg.seed)
-  if init_from is not None:
-    state = dataclasses.replace(state, model=None)  # not two models at a time
-    state = dataclasses.replace(state, model=init_from(abstract.model))
-  return state
+  if init_from is None:
+    return fresh_state(exp, abstract, cfg.seed)
+  # not two models at a time, nor the time to make the one that is not kept
+  state = fresh_state(exp, dataclasses.replace(abstract, model=None), cfg.seed)
+  return dataclasses.replace(state, model=_start_model(exp, cfg, abstract, init_from))
 
 
 def _save(checkpoints, step, state, data, cfg, writer) -> None:

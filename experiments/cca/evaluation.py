@@ -29,18 +29,21 @@ class EvaluationConfig:
   """Samples of a trained model, measured at the run's last step.
 
   samples: for each scale, as many of each class as of any other; 0: none. scales: of guidance, in the convention of the
-  papers on it: 0 is none. neighbours: k of precision, recall, density and coverage. Raises UserError.
+  papers on it: 0 is none. neighbours: k of precision, recall, density and coverage. timed: images drawn at once where
+  sampling is timed. Raises UserError.
   """
 
   samples: int = 0
   scales: tuple[float, ...] = (0.0,)
   neighbours: int = 5
+  timed: int = 2000
 
   def __post_init__(self):
     check(self.samples >= 0, "samples", self.samples, "use 0 (none) or a positive number")
     good = len(self.scales) >= 1 and min(self.scales) >= 0
     check(good, "scales", self.scales, "give some, none below 0 (no guidance)")
-    check(self.neighbours >= 1, "neighbours", self.neighbours, "use at least 1")
+    for name in ("neighbours", "timed"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), "use at least 1")
 
 
 def signed(cfg: images.ImageConfig, row: Mapping[str, np.ndarray], rng: np.random.Generator | None) -> dict:
@@ -69,13 +72,16 @@ def codes(tokenizer: str, cfg: images.ImageConfig) -> dict[str, dict[str, np.nda
 
 def fakes(model: str, tokenizer: str, cfg: images.ImageConfig, seed: int) -> dict[str, dict[str, np.ndarray]]:
   """{split: codes that a model draws for the labels of its images, and for VAR inputs}: beside the rows of `codes`."""
-  out, book = {}, trained(tokenizer).tokenizer
-  for i, (split, rows) in enumerate(real(cfg).items()):
-    made = draw(trained(model), book, rows["labels"], 0.0, 2 * seed + i)
-    out[split] = {"fakes": made}
-    if isinstance(book, VQVAE):
-      out[split]["fake_inputs"] = in_parts(_inputs, book, made)
-  return out
+  of, book = real(cfg), trained(tokenizer).tokenizer
+  labels = np.concatenate([of[split]["labels"] for split in SPLITS])  # together: one program
+  made = {"fakes": draw(trained(model), book, labels, 0.0, seed)}
+  if isinstance(book, VQVAE):
+    made["fake_inputs"] = in_parts(_inputs, book, made["fakes"])
+  cut = len(of[SPLITS[0]]["labels"])
+  return {
+    split: {name: x[part] for name, x in made.items()}
+    for split, part in zip(SPLITS, (slice(cut), slice(cut, None)), strict=True)
+  }
 
 
 def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int) -> np.ndarray:
@@ -95,9 +101,9 @@ def recoded(tokenizer: Any, x: np.ndarray) -> np.ndarray:
   return decoded(tokenizer, in_parts(image_tokenizers.encode, tokenizer, x))
 
 
-def asked(cfg: Any) -> np.ndarray:
-  """int32 [evaluation.samples]: the classes asked for, each as often as the others."""
-  return (np.arange(cfg.evaluation.samples) % cfg.model.classes).astype(np.int32)
+def asked(cfg: Any, n: int) -> np.ndarray:
+  """int32 [n]: classes to ask for, each as often as the others."""
+  return (np.arange(n) % cfg.model.classes).astype(np.int32)
 
 
 def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, float]:
@@ -109,7 +115,7 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
   how = cfg.evaluation
   arms = [str(sibling(name)) for name in ("tokenizer", "classifier", "judge")]
   known = _known(*arms, cfg.data, jax.sharding.get_mesh())
-  labels = asked(cfg)
+  labels = asked(cfg, how.samples)
   made = {f"{s:g}": draw(model, known.tokenizer, labels, s, cfg.seed) for s in how.scales}
   drawn = {name: decoded(known.tokenizer, x) for name, x in made.items()}
   sets = {name: (x, labels) for name, x in drawn.items()} | {"codes": known.coded}

@@ -29,20 +29,21 @@ def get_config(arg=None):
   c = config.defaults(Config)
   c.report = "digits"
   c.seeds, c.length, c.batch, c.steps = (0, 1, 2), 16, 20, EPOCH
-  c.log_every, c.eval_every = 10, 0
+  c.log_every, c.eval_every, c.checkpoint.every = 10, 0, 200
   c.vq.update(vocab=64, code_width=8, latent=32, channels=32, mult=(1, 1), blocks=1, image_channels=1)
   c.llamagen.update(
     vocab=64, classes=10, tokens=16, layers=3, width=96, heads=4, kv_heads=4, head_dim=24, mlp_width=256
   )
   c.llamagen.update(precision="float32", token_dropout=0.3, residual_dropout=0.2, mlp_dropout=0.2)  # images are few
-  c.evaluation.samples = 20 if arg.tiny else 490
+  c.evaluation.samples = 490
   c.tune.beta = BETA
   c.tx.update(lr=3e-4, warmup=5, schedule="constant", b2=0.95, weight_decay=0.05)
   c.arms = arms(arg.tiny)
   if not arg.tiny:
     return c
   c = config.shrink(c)
-  c.data.size, c.vq.mult, c.classifier.channels, c.evaluation.neighbours = 4, (1,), (8,), 3
+  c.data.size, c.vq.mult, c.classifier.channels = 4, (1,), (8,)
+  c.evaluation.update(samples=20, timed=20)
   c.llamagen.update(layers=1, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
   return c
 

@@ -15,9 +15,17 @@ from research import report as parts
 from research.config import RunConfig
 
 BASE, COLUMNS = "model", 12
-TURNS, MANY = 9, 4  # of timing: how often, and how many times the samples of an evaluation at once
+TURNS = 9  # of timing
 SHOWN = ("frechet", "kernel_distance", "class_score", "judge_accuracy", "precision", "recall", "density", "coverage")
 SHOWN += ("diversity",)
+LIKELIHOODS = {
+  "nll": "nats a token, class",
+  "nll_null": "null class",
+  "reward_pos": "reward, class",
+  "reward_neg": "other classes",
+  "reward_accuracy": "first above second",
+  "accuracy": "accuracy as a classifier",
+}
 WORDS = {
   "frechet": "Fréchet classifier distance",
   "kernel_distance": "kernel distance",
@@ -62,6 +70,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     found, reals = settings(workdir, cfg)
     cost = sampling_cost(workdir, cfg) if found else {}
   accuracy = parts.final(parts.curves(workdir, "accuracy", needed=False))
+  likely = {m: parts.final(parts.curves(workdir, f"likelihood/{m}", needed=False)) for m in LIKELIHOODS}
   results = {
     "samples": cfg.evaluation.samples,
     "features": cfg.classifier.features,
@@ -69,6 +78,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     "real": reals,
     "settings": {s.name: {"arm": s.arm, "scale": s.scale} | s.values for s in found},
     "cost": cost,
+    "likelihood": likely,
   }
   parts.write_results(workdir, results)
   if not found:
@@ -76,6 +86,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     print(f"\nheld-out squared error of the tokenizer: {pixels}\nresults: {workdir / 'report' / 'results.json'}")
     return
   print(cost_table(cost))
+  print(likelihood_table(found, likely) + "\n")
   print(
     parts.table(["classifier", "held-out accuracy"], [[a, parts.spread(list(v.values()))] for a, v in accuracy.items()])
   )
@@ -106,7 +117,7 @@ def sampling_cost(workdir: paths.Path, cfg: RunConfig) -> dict[str, Any]:
   if not (workdir / "checkpoints" / f"{BASE}-{cfg.seed}").is_dir():
     return {}
   model, book = runs.load(workdir, f"{BASE}-{cfg.seed}")[1], runs.load(workdir, f"tokenizer-{cfg.seed}")[1].tokenizer
-  labels = np.tile(evaluation.asked(cfg), MANY)
+  labels = evaluation.asked(cfg, cfg.evaluation.timed)
   clocks = {"wall": time.perf_counter, "processor": time.process_time}
   took: dict[tuple[str, str], list[float]] = {}
   for turn in range(TURNS + 1):
@@ -137,6 +148,14 @@ def cost_table(cost: dict[str, Any]) -> str:
     times = [(f"{ms[key]:.3f}", f"{ms[key] / ms['free']:.2f}") for ms in cost["milliseconds"].values()]
     rows.append([name, cost["forward_tokens"][key], *sum(times, ())])
   return "\n" + parts.table(header, rows) + "\n"
+
+
+def likelihood_table(found: list[Setting], likely: dict[str, dict[str, dict[int, float]]]) -> str:
+  """What held-out images are worth to each model, guided or not: exact."""
+  names = {s.arm: s.name for s in found if not s.scale}
+  cell = lambda m, arm: parts.spread(list(likely[m][arm].values())) if arm in likely[m] else ""
+  rows = [[name, *(cell(m, arm) for m in LIKELIHOODS)] for arm, name in names.items()]
+  return parts.table(["model", *LIKELIHOODS.values()], rows)
 
 
 def quality(found: list[Setting], reals: dict[str, Any], cost: dict[str, Any]) -> str:
@@ -232,7 +251,7 @@ def grids(workdir: paths.Path, cfg: RunConfig) -> None:
 
 
 def _grid(workdir, cfg, model, book, arm, scale) -> None:
-  labels = evaluation.asked(cfg)
+  labels = evaluation.asked(cfg, cfg.evaluation.samples)
   made = evaluation.decoded(book, evaluation.draw(model, book, labels, scale, cfg.seed))
   rows = [made[labels == c][:COLUMNS] for c in range(cfg.model.classes)]
   name = f"samples_{arm}" + (f"_s{scale:g}" if scale else "")
