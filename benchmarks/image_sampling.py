@@ -252,7 +252,9 @@ def measure(label: str, shape: Shape) -> list[dict]:
 
 
 def check_codes(codes: np.ndarray, shape: Shape) -> None:
-  assert codes.shape == (shape.batch, shape.tokens) and codes.min() >= 0 and codes.max() < shape.vocab
+  assert codes.shape == (shape.batch, shape.tokens)
+  assert codes.min() >= 0
+  assert codes.max() < shape.vocab
 
 
 def main():
@@ -270,7 +272,7 @@ def main():
     print(f"{label}: {shape.batch} x {shape.tokens} tokens")
     for row in measure(label, shape):
       rows.append(row)
-      rate = lambda seconds: shape.batch * shape.tokens / seconds / 1e3  # noqa: B023
+      rate = lambda seconds: shape.batch * shape.tokens / seconds / 1e3
       spread = f"({rate(row['max_seconds']):.2f} to {rate(row['min_seconds']):.2f})"
       print(
         f"  {row['implementation']:8} guidance {row['guidance']}  {rate(row['seconds']):7.2f} {spread:18}"

@@ -1,10 +1,12 @@
 """LlamaGen and VAR in plain PyTorch, to draw from with a cache of keys and values: what ours is measured against.
 
 Each function takes a `Shape` of `image_sampling` and our weights by name, and returns
-draw(labels, guidance, given=None) -> (codes [batch, tokens], guided logits [batch, tokens, vocab]): the codes are drawn,
-or those that are given. Guidance is in the convention of each model's released code.
+draw(labels, guidance, given=None) -> (codes [batch, tokens], logits [batch, tokens, vocab] or None). Codes are drawn;
+where some are given, they are those, and the guided logits come too. Guidance is in the convention of each model's
+released code.
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def linear(weight, inputs: int, bias=None) -> nn.Linear:
   return layer
 
 
-def choose(logits, step, given):
+def choose(logits, given):
   """Codes [rows] of logits [rows, vocab]."""
   return torch.multinomial(logits.softmax(-1), 1)[:, 0] if given is None else given
 
@@ -81,7 +83,7 @@ def llamagen(shape, weights):
       if guided:
         cond, null = logits.chunk(2)
         logits = null + guidance * (cond - null)
-      codes.append(choose(logits, t, None if given is None else given[:, t]))
+      codes.append(choose(logits, None if given is None else given[:, t]))
       all_logits.append(logits if given is not None else None)
       x = weights["decoder.embed"][codes[-1].repeat(2) if guided else codes[-1]]
     return torch.stack(codes, 1), None if given is None else torch.stack(all_logits, 1)
@@ -121,17 +123,18 @@ def var(shape, weights):
       return x + gamma2 * self.down(F.gelu(self.up(norm(x) * (1 + scale2) + shift2), approximate="tanh"))
 
   blocks = [Block(i) for i in range(shape.layers)]
-  word, head = linear(weights["word"], shape.code_width, weights["word_bias"]), None
+  word = linear(weights["word"], shape.code_width, weights["word_bias"])
   head = linear(weights["head"], width, weights["head_bias"])
   last_ada = linear(weights["ada.weight"], width, weights["ada.bias"])
   phis = [_conv(weights[f"phis.{i}.kernel"], weights[f"phis.{i}.bias"]) for i in range(sampling.PHIS)]
-  ticks = torch.linspace(1 / 3 / sampling.PHIS, 1 - 1 / 3 / sampling.PHIS, sampling.PHIS, dtype=torch.float64)
+  # numpy's rounding decides ties, as in the released code
+  ticks = np.linspace(1 / 3 / sampling.PHIS, 1 - 1 / 3 / sampling.PHIS, sampling.PHIS)
 
   def spread(codes, i):
     """What the codes [rows, tokens] of a scale add to the features [rows, code_width, side, side]."""
     h = weights["codebook"][codes].transpose(1, 2).unflatten(2, (scales[i], scales[i]))
     h = h if scales[i] == side else F.interpolate(h, (side, side), mode="bicubic")
-    phi = phis[int((ticks - i / (len(scales) - 1)).abs().argmin())]
+    phi = phis[int(np.abs(ticks - i / (len(scales) - 1)).argmin())]
     return h * (1 - sampling.PHI_RATIO) + phi(h) * sampling.PHI_RATIO
 
   def draw(labels, guidance, given=None):
@@ -152,7 +155,7 @@ def var(shape, weights):
         t = guidance * i / (len(scales) - 1)
         cond, null = logits.chunk(2)
         logits = (1 + t) * cond - t * null
-      chosen = choose(logits.flatten(0, 1), i, None if given is None else given[:, start:stop].flatten())
+      chosen = choose(logits.flatten(0, 1), None if given is None else given[:, start:stop].flatten())
       codes.append(chosen.view(len(labels), -1))
       all_logits.append(logits if given is not None else None)
       if i + 1 < len(scales):

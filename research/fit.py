@@ -34,6 +34,8 @@ class Experiment:
     and weights, not means, so that micro-batches, shards and batches add up exactly.
   reference: the loss gets the model that the run started from as a fourth argument: `init_from`'s, or the fresh one.
     No step changes it, no checkpoint holds it, and a resumed run makes it again.
+  companion: () -> further arrays that no step changes, such as a learned judge. Loss and step then get
+    (reference or None, companion) as that argument. Called after `prepare`; traceable, as a plan needs its shapes.
   data: "train" or "validation" -> a grain.IterDataset of this process's rows, as dicts of numpy arrays.
   evals: further (model) -> {name: number}, run with the validation loss.
   flops_per_token: model FLOPs a token of one training step, by part, for utilisation.
@@ -56,6 +58,7 @@ class Experiment:
   info: Callable[[], dict[str, Any]] = dict
   batch: Callable[[], dict[str, jax.ShapeDtypeStruct]] = dict
   reference: bool = False
+  companion: Callable[[], Any] | None = None
   check_start: Callable[[Any, Any], None] = lambda model, reference: None
   prepare: Callable[[Callable[[str], Any]], None] = lambda sibling: None
   train_step: Callable[..., Any] | None = None
@@ -156,36 +159,65 @@ def default_train_step(exp: Experiment, cfg: RunConfig, state: TrainState, batch
   for every accumulation and every mesh.
   """
   key = jax.random.fold_in(state.key, state.step)
-
-  def objective(model, batch, key):
-    means = exp.loss(model, batch, key, *_if_any(reference))
-    return means["loss"].total, means
-
-  grad = jax.grad(objective, has_aux=True)
-  if cfg.accumulate == 1:
-    grads, means = grad(state.model, batch, key)
-  else:
-    micro = jax.tree.map(functools.partial(_micro_batches, n=cfg.accumulate), batch)
-    keys = jax.random.split(key, cfg.accumulate)
-    shapes = jax.eval_shape(grad, state.model, *jax.tree.map(lambda x: x[0], (micro, keys)))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec), shapes)
-    body = lambda sums, xs: (jax.tree.map(jnp.add, sums, grad(state.model, *xs)), None)
-    (grads, means), _ = jax.lax.scan(body, zeros, (micro, keys))
-  weight = jnp.maximum(means["loss"].weight, 1e-9)
-  grads = jax.tree.map(lambda g: g / weight, grads)
+  loss = lambda model, batch, key: exp.loss(model, batch, key, *if_any(reference))
+  grads, means = accumulated(loss, state.model, batch, key, cfg.accumulate)
   updates, opt = exp.tx.update(grads, state.opt, state.model)
   new = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt, state.key)
   metrics = {name: mean.value for name, mean in means.items()}
   metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-  if cfg.skip_nonfinite:
-    ok = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
-    skipped = dataclasses.replace(state, step=new.step)
-    # keys cannot be selected, and need not be: they never change
-    new = jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, skipped)
-  return new, metrics
+  return unless_nonfinite(cfg, state, new, metrics), metrics
 
 
-def _if_any(reference: Any) -> tuple:
+def accumulated(loss: Callable[..., dict[str, Mean]], model: Any, batch: Any, key: jax.Array, micro_batches: int):
+  """(gradients of sum(total) / sum(weight), sums) of a loss (model, batch, key), in so many micro-batches.
+
+  batch: a tree of arrays [batch, ...], all of them cut along the batch axes.
+  """
+
+  def objective(model, batch, key):
+    means = loss(model, batch, key)
+    return means["loss"].total, means
+
+  grad = jax.grad(objective, has_aux=True)
+  if micro_batches == 1:
+    grads, means = grad(model, batch, key)
+  else:
+    micro = jax.tree.map(functools.partial(_micro_batches, n=micro_batches), batch)
+    keys = jax.random.split(key, micro_batches)
+    shapes = jax.eval_shape(grad, model, *jax.tree.map(lambda x: x[0], (micro, keys)))
+    # a constant, such as a number of rows, stands nowhere
+    spec = lambda x: P() if x.sharding is None else x.sharding.spec
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=spec(x)), shapes)
+    body = lambda sums, xs: (jax.tree.map(jnp.add, sums, grad(model, *xs)), None)
+    (grads, means), _ = jax.lax.scan(body, zeros, (micro, keys))
+  weight = jnp.maximum(means["loss"].weight, 1e-9)
+  return jax.tree.map(lambda g: g / weight, grads), means
+
+
+def unless_nonfinite(cfg: RunConfig, state: TrainState, new: TrainState, metrics: Mapping[str, jax.Array]):
+  """`new`; where `cfg.skip_nonfinite` allows it and a metric of the step is not finite, `state`, a step later."""
+  if not cfg.skip_nonfinite:
+    return new
+  ok = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
+  skipped = dataclasses.replace(state, step=new.step)
+  # keys cannot be selected, and need not be: they never change
+  return jax.tree.map(lambda a, b: a if a is b else jnp.where(ok, a, b), new, skipped)
+
+
+def abstract_reference(exp: Experiment, state: TrainState) -> Any:
+  """What `jit_step` takes beside a state and a batch, as abstract arrays on the current mesh; None: nothing."""
+  reference = state.model if exp.reference else None
+  return reference if exp.companion is None else (reference, on_devices(jax.eval_shape(exp.companion)))
+
+
+def frozen(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from: Callable[[Any], Any] | None) -> Any:
+  """What `jit_step` takes beside a state and a batch: the reference, the companion, both, or None."""
+  reference = start_model(exp, cfg, on_devices(abstract), init_from) if exp.reference else None
+  return reference if exp.companion is None else (reference, jax.block_until_ready(exp.companion()))
+
+
+def if_any(reference: Any) -> tuple:
+  """The further arguments of a loss."""
   return () if reference is None else (reference,)
 
 
@@ -221,7 +253,7 @@ def fit(
   if start:
     writer.say(f"going on from step {start}")
   writer.start(start)
-  reference = _started_from(exp, cfg, on_devices(abstract), init_from) if exp.reference else None
+  reference = frozen(exp, cfg, abstract, init_from)
   if not start:
     exp.check_start(state.model, reference)
   step_fn = jit_step(exp, cfg, abstract)
@@ -267,7 +299,7 @@ class Evaluator:
     for i, batch in enumerate(self.exp.data("validation")):
       if self.batches and i == self.batches:
         break
-      means = jax.block_until_ready(self.means(model, to_devices(batch), *_if_any(self.reference)))
+      means = jax.block_until_ready(self.means(model, to_devices(batch), *if_any(self.reference)))
       total = means if total is None else add(total, means)
     values = {name: float(mean.value) for name, mean in total.items()}
     for name, f in self.exp.evals.items():
@@ -297,21 +329,21 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   if restored is not None:
     data.set_state(restored.data_state)
     return restored.state, restored.step
-  return _start(exp, cfg, abstract, init_from), 0
+  return start_state(exp, cfg, abstract, init_from), 0
 
 
-def _started_from(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> Any:
-  """The model of `_start`."""
+def start_model(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> Any:
+  """The model of `start_state`, without the rest."""
   return fresh_state(exp, abstract, cfg.seed).model if init_from is None else init_from(abstract.model)
 
 
-def _start(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
+def start_state(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> TrainState:
   """The state before the first step of a run that resumes nothing."""
   if init_from is None:
     return fresh_state(exp, abstract, cfg.seed)
   # not two models at a time, nor the time to make the one that is not kept
   state = fresh_state(exp, dataclasses.replace(abstract, model=None), cfg.seed)
-  return dataclasses.replace(state, model=_started_from(exp, cfg, abstract, init_from))
+  return dataclasses.replace(state, model=start_model(exp, cfg, abstract, init_from))
 
 
 def _save(checkpoints, step, state, data, cfg, writer) -> None:

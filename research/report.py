@@ -17,7 +17,7 @@ from research.errors import check
 
 # Okabe and Ito's palette: told apart by everyone, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"  # one more than colours: no two of a figure share both
 
 
 def curves(

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, distributed, manifest, paths, secrets
+from research import config, cpu, distributed, manifest, paths, secrets, selfcheck
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -71,7 +71,7 @@ def run(build, report) -> None:
   workdir = paths.parse(args.workdir or default_workdir(cfg.experiment, args.config))
   compilation_cache()
   with double(cfg.x64):
-    run_all(build, report, cfg, args.config, overrides, workdir)
+    run_all(build, report, cfg, args.config, overrides, workdir, checked=args.selfcheck)
 
 
 @contextlib.contextmanager
@@ -85,8 +85,19 @@ def double(x64: bool):
     jax.config.update("jax_enable_x64", before)
 
 
-def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str], workdir: paths.Path) -> None:
-  """Every run of `cfg`, which `spec` and `overrides` made, then its report."""
+def run_all(
+  build,
+  report,
+  cfg: config.RunConfig,
+  spec: str,
+  overrides: list[str],
+  workdir: paths.Path,
+  checked: bool = False,
+) -> None:
+  """Every run of `cfg`, which `spec` and `overrides` made, then its report.
+
+  checked: the first seed of every arm goes through `research.selfcheck` before its first step.
+  """
   stop = StopSignal()
   singles = config.expand(cfg)
   jobs = []
@@ -106,6 +117,8 @@ def run_all(build, report, cfg: config.RunConfig, spec: str, overrides: list[str
         with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
           distributed.on_restart(checkpoints.steps)
           exp.prepare(functools.partial(sibling, workdir, single))
+          if checked and single.seed == cfg.seed and not checkpoints.steps():
+            selfcheck.selfcheck(build, single, exp, start.get("init_from"), writer.say)
           fit(exp, single, checkpoints, writer, stop, **start)
       finally:
         writer.close()
@@ -137,6 +150,8 @@ def parse_args(argv: list[str] | None = None, workdir: bool = True) -> tuple[arg
   parser.add_argument("--config", required=True, metavar="FILE.py:ARG", help="a config file, e.g. main.py:tiny")
   if workdir:
     parser.add_argument("--workdir", metavar="DIR", help="metrics, checkpoints, report (default: under runs/)")
+    told = "before the first step, compare what is fast with what is plain; refuse to start where they differ"
+    parser.add_argument("--selfcheck", action="store_true", help=told)
     distributed.add_arguments(parser)
   return parser.parse_with_overrides(argv)
 
@@ -205,7 +220,7 @@ def start_points(
   """What `resume` and `init_from` name, as arguments of `fit`.
 
   Either is the same run in another workdir, or a directory of steps; `init_from` may also
-  be a directory of published weights, of the experiment's very model, or `arm:NAME`, one of the
+  be published weights (a directory, or a file), of the experiment's very model, or `arm:NAME`, one of the
   command's `arms` before this one. Raises UserError.
   """
   found = {}
@@ -217,9 +232,10 @@ def start_points(
       # its steps may be yet to come
       found[field] = lambda model, name=name: _parameters(Checkpoints(sibling(workdir, cfg, name)), model)
     elif field == "init_from" and path and convert.is_weights(path):
-      weights = convert.read(path)
       with jax.set_mesh(mesh):
-        weights.check_model(jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0))))
+        model = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+        weights = convert.read(path, like=model)
+        weights.check_model(model)
       found[field] = weights.fill
     elif path:
       directory = paths.parse(path, field)

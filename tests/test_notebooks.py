@@ -28,4 +28,4 @@ def test_it_is_committed_as_it_was_written(path):
 
 
 def test_there_is_one_for_each_paper():
-  assert {"kvshift", "transnormer"} <= {p.stem for p in NOTEBOOKS}
+  assert {"cca", "kvshift", "transnormer"} <= {p.stem for p in NOTEBOOKS}

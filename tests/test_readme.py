@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import lightning_tables
 from research import config
+from research.tools import claims
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDS = sorted(ROOT.glob("experiments/*/records/*.json"))
@@ -29,16 +30,9 @@ def test_a_record_says_where_it_comes_from(path):
   assert ", ".join(map(str, record["seeds"])) in readme
 
 
-def spreads(tree) -> set[str]:
+def spreads(record) -> set[str]:
   """'mean ± SD', as the reports write it, of every list or {seed: number} in a record."""
-  found = set()
-  if isinstance(tree, dict | list):
-    values = list(tree.values()) if isinstance(tree, dict) else tree
-    if len(values) > 1 and all(isinstance(v, int | float) for v in values):
-      found.add(f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}".replace("-", "−"))
-    for value in values:
-      found |= spreads(value)
-  return found
+  return {f"{mean:.4f} ± {deviation:.4f}".replace("-", "−") for mean, deviation in claims.spreads(record)}
 
 
 @pytest.mark.parametrize("folder", sorted({p.parents[1] for p in RECORDS}), ids=lambda p: p.name)
@@ -58,6 +52,7 @@ def test_every_mean_and_deviation_of_a_readme_is_that_of_a_record_it_names(folde
 CLAIMS = {
   "kvshift": "theor layer width gram hop arithmetic learning+rate seeds variant parameters pod",
   "transnormer": "parameters perplexity position temperature gate activation norm decay length memory overflow pod",
+  "prefgames": "sampled shrinks step+size transitive average bias adamw sign argmin token offline inner+products",
 }
 
 

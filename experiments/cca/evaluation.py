@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import image_generation, runs
+from research import image_generation, image_tokenizers, runs
 from research.data import images
 from research.data.text import SPLITS
 from research.errors import check
 from research.evals import image_likelihood
 from research.evals import images as measures
 from research.fit import to_devices
-from research.kernels.dispatch import reshape_rows
 from research.models.llamagen import LlamaGen
 from research.models.vqvae import VQVAE
 
@@ -94,12 +93,12 @@ def draw(model: Any, tokenizer: Any, labels: np.ndarray, scale: float, seed: int
 
 def decoded(tokenizer: Any, codes: np.ndarray) -> np.ndarray:
   """Codes int32 [n, tokens] -> images float32 NHWC in [-1, 1]."""
-  return in_parts(_decode, tokenizer, codes)
+  return in_parts(image_tokenizers.decode, tokenizer, codes)
 
 
 def recoded(tokenizer: Any, x: np.ndarray) -> np.ndarray:
   """Images float32 NHWC in [-1, 1], encoded and decoded."""
-  return decoded(tokenizer, in_parts(_encode, tokenizer, x))
+  return decoded(tokenizer, in_parts(image_tokenizers.encode, tokenizer, x))
 
 
 def asked(cfg: Any, n: int) -> np.ndarray:
@@ -194,7 +193,7 @@ def _trained(directory: str, mesh: Any) -> Any:
 def _codes(tokenizer: str, cfg: images.ImageConfig, mesh: Any) -> dict[str, dict[str, np.ndarray]]:
   out, model = {}, trained(tokenizer).tokenizer
   for split, rows in real(cfg).items():
-    found = in_parts(_encode, model, rows["images"])
+    found = in_parts(image_tokenizers.encode, model, rows["images"])
     out[split] = {"codes": found, "labels": rows["labels"], "weights": rows["weights"]}
     if isinstance(model, VQVAE):
       out[split]["inputs"] = in_parts(_inputs, model, found)
@@ -219,22 +218,8 @@ def flat(x: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _encode(tokenizer, x):
-  found = tokenizer.encode(x)
-  return found if found.ndim == 2 else reshape_rows(found, found.shape[1] * found.shape[2])
-
-
-@jax.jit
 def _inputs(tokenizer, x):
   return tokenizer.inputs(x)
-
-
-@jax.jit
-def _decode(tokenizer, x):
-  if isinstance(tokenizer, VQVAE):
-    return tokenizer.decode_codes(x)
-  side = round(x.shape[1] ** 0.5)
-  return tokenizer.decode_codes(reshape_rows(x, side, side))
 
 
 @jax.jit

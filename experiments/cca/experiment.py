@@ -9,6 +9,7 @@ from experiments.cca.evaluation import EvaluationConfig
 from experiments.cca.toy import ToyConfig
 from experiments.cca.tuning import TuningConfig
 from research.config import RunConfig
+from research.data.codes import CodesConfig
 from research.data.images import ImageConfig
 from research.fit import Experiment
 from research.models.llamagen import LlamaGenConfig
@@ -26,10 +27,11 @@ class Config(RunConfig):
 
   experiment: str = "cca"
   task: Literal[*TASKS] = "toy"
-  report: Literal["toy", "digits"] = "toy"
+  report: Literal["toy", "digits", "rewards"] = "toy"
   toy: ToyConfig = ToyConfig()
   # of images; length is the tokens of one
   data: ImageConfig = ImageConfig()
+  codes: CodesConfig = CodesConfig()  # in the place of those that the arm "tokenizer" makes of the images
   backbone: Literal["llamagen", "var"] = "llamagen"
   llamagen: LlamaGenConfig = LlamaGenConfig()
   var: VARConfig = VARConfig()
@@ -37,6 +39,7 @@ class Config(RunConfig):
   vq: VQConfig = VQConfig()
   vqvae: VQVAEConfig = VQVAEConfig()
   reconstruction: TokenizerLoss = TokenizerLoss(perceptual=0.0, adversarial=0.0)
+  features: str = ""  # module:function of the perceptual term, images -> maps: docs/tokenizers.md
   revival: Revival = Revival()
   classifier: ClassifierConfig = ClassifierConfig()
   tune: TuningConfig = TuningConfig()

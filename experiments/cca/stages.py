@@ -7,6 +7,7 @@ name: "tokenizer" makes the codes, "classifier" and "judge" measure samples.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import P
 from jax import numpy as jnp
 import numpy as np
 
-from experiments.cca import classifier, evaluation, tuning
+from experiments.cca import classifier, code_shards, evaluation, tuning
 from experiments.cca.classifier import Classifier
 from research import data, flops, optim, tokenizer_training
 from research.data import images
@@ -29,6 +30,7 @@ from research.models.llamagen import LlamaGen
 from research.models.var import VAR
 from research.models.vq import VQ
 from research.models.vqvae import VQVAE
+from research.nn.precision import POLICIES
 from research.tokenizer_training import Trained
 
 MODELS = {"llamagen": (LlamaGen, VQ), "var": (VAR, VQVAE)}
@@ -43,13 +45,26 @@ def tokenizer(cfg: Any) -> Experiment:
     keys = jax.random.split(key)
     adversary = None
     if cfg.reconstruction.adversarial:
-      policy = tokenizer_training.POLICIES[cfg.tokenizer.precision]
+      policy = POLICIES[cfg.tokenizer.precision]
       adversary = tokenizer_training.PatchDiscriminator(keys[1], policy, cfg.data.channels)
     return Trained(make(keys[0], cfg.tokenizer, cfg.mesh.partition), adversary)
 
-  loss = functools.partial(tokenizer_training.loss, weights=cfg.reconstruction)
+  loss = functools.partial(tokenizer_training.loss, weights=cfg.reconstruction, features=_maps(cfg))
   step = functools.partial(tokenizer_training.train_step, revival=cfg.revival)
   return _on_images(cfg, init, loss, train_step=step)
+
+
+def _maps(cfg: Any) -> Callable | None:
+  """The feature network of the perceptual term."""
+  weight, name = cfg.reconstruction.perceptual, cfg.features
+  if not weight:
+    return None
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError):
+    fix = f"reconstruction.perceptual={weight:g} needs a function images -> maps as module:function; docs/tokenizers.md"
+    raise UserError("features", name or "''", fix) from None
 
 
 def classify(cfg: Any) -> Experiment:
@@ -144,6 +159,8 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
     if fakes:
       start = str(made["sibling"](cfg.init_from.removeprefix("arm:")))
       parts.append(evaluation.fakes(start, book, cfg.data, cfg.seed))
+    for rows in parts[0].values():
+      tuning.check_data(rows["codes"], rows["labels"], cfg.model)
     return {split: {name: x for part in parts for name, x in part[split].items()} for split in SPLITS}
 
   def rows(split):
@@ -153,7 +170,7 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
   measured = {"samples": evaluation.measure, "likelihood": evaluation.likelihood}
   evals = {name: lambda model, f=f: f(model, made["sibling"], cfg) for name, f in measured.items()}
   make = MODELS[cfg.backbone][0]
-  return Experiment(
+  exp = Experiment(
     init=lambda key: make(key, cfg.model, cfg.mesh.partition),
     loss=loss,
     data=rows,
@@ -165,6 +182,7 @@ def _on_codes(cfg: Any, loss: Callable, cost: float, reference: bool = False, fa
     reference=reference,
     prepare=prepare,
   )
+  return code_shards.feed(exp, cfg, _batches) if cfg.codes.source else exp
 
 
 class Rows:

@@ -64,6 +64,9 @@ class TableConfig:
     check(self.updates >= 1, "updates", self.updates, "use a whole number of at least 1")
     check(self.samples >= 0, "samples", self.samples, "use 0 (expectations) or a number of samples")
     updates = (tabular.plain, tabular.extragradient)
+    mixes = METHODS[self.method].opponent is tabular.mixture and self.rule == "own"
+    fix = "times b is the reference's share in this method's mixture, in [0, 1]"
+    check(not mixes or max(self.rates) * self.b <= 1, "rates", self.rates, fix)
     fix = f"{self.method}'s update is not a gradient step; use rule=own"
     check(self.rule == "own" or METHODS[self.method].update in updates, "rule", self.rule, fix)
     check(self.rule == "own" or not self.decay, "decay", self.decay, "optimisers keep their rate; use rule=own")

@@ -8,16 +8,17 @@ import dataclasses
 import functools
 import hashlib
 
-from research.data import shards, sources, text
+from research.data import preferences, shards, sources, text
 from research.data import tokenizer as tokenizers
-from research.data.loader import batches
+from research.data.loader import batches, training_rows
 from research.data.mixture import Mixture
 from research.data.packing import PackedDocuments, abstract_rows
+from research.data.preferences import PreferenceConfig
 from research.data.tokenizer import Tokenizer
 from research.errors import check
 
-__all__ = ["Mixture", "PackedDocuments", "TextConfig", "TextData", "Tokenizer"]
-__all__ += ["abstract_rows", "batches", "load", "load_tokenizer"]
+__all__ = ["Mixture", "PackedDocuments", "PreferenceConfig", "TextConfig", "TextData", "Tokenizer"]
+__all__ += ["abstract_rows", "batches", "load", "load_tokenizer", "training_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def load(cfg: TextConfig, length: int, seed: int) -> TextData:
     if documents is None:
       return shards.PackedShards(source, split, length, drop_last=split == "train")
     ordered = sorted(documents[split], key=lambda d: text.name_hash(f"{order}/{d[0]}"))
-    return PackedDocuments([ids for _, ids in ordered], length, tokenizer.eod, drop_last=split == "train")
+    names, ids = zip(*ordered, strict=True) if ordered else ((), ())
+    return PackedDocuments(ids, length, tokenizer.eod, drop_last=split == "train", names=names)
 
   parts = []
   for source, documents in zip(cfg.source, tokenized, strict=True):
@@ -109,8 +111,10 @@ def load(cfg: TextConfig, length: int, seed: int) -> TextData:
   return TextData(tokenizer, cfg.weights, tuple(parts), read)
 
 
-def load_tokenizer(cfg: TextConfig) -> Tokenizer:
+def load_tokenizer(cfg: TextConfig | PreferenceConfig) -> Tokenizer:
   """The tokenizer of `cfg` alone: at once, but for a `bpe` without shards, whose corpus is read to know it."""
+  if isinstance(cfg, PreferenceConfig):
+    return preferences.load_tokenizer(cfg)
   if cfg.tokenizer == "bpe" and not _in_shards(cfg):
     return _tokenizer(cfg, [text.read(source, cfg.max_bad_records) for source in cfg.source])
   return _tokenizer(cfg, [])

@@ -76,19 +76,23 @@ class Images:
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     for n in range(len(self)):
-      item = self.items[(i + n) % len(self)]
-      try:
-        image, label = item.read()
-        if not 0 <= label < self._classes:
-          raise ValueError(f"label {label} is not in 0 .. {self._classes - 1}")
-        return {
-          "images": square(image, self._side, self._cfg.channels),
-          "labels": np.int32(label),
-          "weights": np.float32(1),
-        }
-      except _BAD as e:
-        self._count(item.name, e)
+      row = self.read((i + n) % len(self))
+      if row is not None:
+        return row
     raise UserError("source", self._cfg.source, "no image can be read")
+
+  def read(self, i: int) -> dict[str, np.ndarray] | None:
+    """Row i, or None where its image cannot be read: then it is named and counted."""
+    item = self.items[i]
+    try:
+      image, label = item.read()
+      if not 0 <= label < self._classes:
+        raise ValueError(f"label {label} is not in 0 .. {self._classes - 1}")
+      pixels = square(image, self._side, self._cfg.channels)
+      return {"images": pixels, "labels": np.int32(label), "weights": np.float32(1)}
+    except _BAD as e:
+      self._count(item.name, e)
+      return None
 
   def _count(self, name: str, e: Exception) -> None:
     why = sources.one_line(e)

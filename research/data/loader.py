@@ -1,6 +1,7 @@
 """Batches in an order that only the seed and a counter decide, cut among processes."""
 
 from collections.abc import Callable
+import copy
 import functools
 import sys
 
@@ -47,6 +48,19 @@ def batches(
   # Rows come from memory, or files kept there: one thread keeps the work off the training
   # loop, more only contend for the GIL.
   return _Batches(rows, batch, index, count).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def training_rows(source, batch: int, k: int, *, seed: int) -> list[tuple[int, int]]:
+  """(part, row) of every row of the k-th global batch that `batches` takes from `source` in training."""
+  parts = source.parts if isinstance(source, Mixture) else (source,)
+  numbered = [[(part, i) for i in range(len(rows))] for part, rows in enumerate(parts)]
+  if isinstance(source, Mixture):
+    source = copy.copy(source)
+    source.parts = tuple(numbered)
+  else:
+    source = numbered[0]
+  rows = _endless(source, seed)
+  return [rows[i] for i in range(k * batch, (k + 1) * batch)]
 
 
 def _endless(source, seed: int) -> grain.MapDataset:

@@ -17,11 +17,15 @@ class PackedDocuments:
   A row is a dict of arrays [length]: int32 `tokens`, `targets`, `segment_ids` (from 1,
   and 0 on padding), `positions` (from 0 in each segment), and float32 `weights` (1, and
   0 on padding). Only the last row may need padding; `drop_last` leaves such a row out.
-  No document may hold `eod`: an input that is `eod` begins a segment.
+  No document may hold `eod`: an input that is `eod` begins a segment. `names` of the
+  documents, if given, are what `documents_of` tells.
   """
 
-  def __init__(self, documents: Sequence[np.ndarray], length: int, eod: int, *, drop_last: bool):
+  def __init__(
+    self, documents: Sequence[np.ndarray], length: int, eod: int, *, drop_last: bool, names: Sequence[str] = ()
+  ):
     self.positions = sum(len(d) + 1 for d in documents)
+    self._names, self._ends = names, np.cumsum([len(d) + 1 for d in documents])
     self._length, self._eod, self._drop_last = length, eod, drop_last
     # Every document begins with the eod that is also the last target of the one before:
     # targets are the stream one step on, and one eod closes it.
@@ -41,6 +45,12 @@ class PackedDocuments:
     lo = i * self._length
     hi = min(lo + self._length, self.positions)
     return packed_row(self._read(lo, hi + 1), self._length, self._eod)
+
+  def documents_of(self, i: int) -> list[str]:
+    """The names of the documents in row i, in order, one for each segment; [] if there are no names."""
+    first, last = i * self._length, min((i + 1) * self._length, self.positions) - 1
+    lo, hi = np.searchsorted(self._ends, [first, last], side="right")
+    return list(self._names[lo : hi + 1])
 
   def _read(self, lo: int, hi: int) -> np.ndarray:
     return self._stream[lo:hi]

@@ -23,6 +23,7 @@ from research.errors import UserError, check
 FORMAT = 1
 PIECE = 4096  # ids in a record
 MANIFEST, MODEL = "manifest.json", "tokenizer.json"
+TOOL = "research.tools.tokenize"
 
 
 class PackedShards(PackedDocuments):
@@ -34,13 +35,15 @@ class PackedShards(PackedDocuments):
 
   def __init__(self, source: str, split: str, length: int, *, drop_last: bool):
     about = manifest(source)
-    self._source, self._folder = source, folder(source)
-    self._shards = about["splits"][split]["shards"]
+    self._source, self._records = source, Records(source, about["splits"][split]["shards"])
     self.positions = about["splits"][split]["tokens"]
     self._length, self._eod, self._drop_last = length, about["tokenizer"]["eod"], drop_last
     self._dtype = dtype(about["tokenizer"]["vocab"])
     self._pieces = about["settings"]["shard_tokens"] // PIECE  # in a shard
-    self._readers, self._lock = {}, threading.Lock()
+
+  def documents_of(self, i: int) -> list[str]:
+    """[]: shards do not keep the names of documents."""
+    return []
 
   def _read(self, lo: int, hi: int) -> np.ndarray:
     pieces = range(lo // PIECE, (hi - 1) // PIECE + 1)
@@ -49,18 +52,29 @@ class PackedShards(PackedDocuments):
 
   def _piece(self, i: int) -> np.ndarray:
     shard, record = divmod(i, self._pieces)
+    data = self._records.read(shard, record)
+    if len(data) != self._dtype.itemsize * min(PIECE, self.positions + 1 - i * PIECE):
+      raise damaged(self._source, self._records.shards[shard]["file"])
+    return np.frombuffer(data, self._dtype)
+
+
+class Records:
+  """The records of some shards by number; files are opened when first read. Damaged ones raise UserError."""
+
+  def __init__(self, source: str, shards: list[dict], tool: str = TOOL):
+    self.shards, self._source, self._folder, self._tool = shards, source, folder(source), tool
+    self._readers, self._lock = {}, threading.Lock()
+
+  def read(self, shard: int, record: int) -> bytes:
     try:
-      ids = np.frombuffer(self._reader(shard).read([record])[0], self._dtype)
+      return self._reader(shard).read([record])[0]
     except (RuntimeError, ValueError, IndexError, OSError) as e:
-      raise _damaged(self._source, self._shards[shard]["file"]) from e
-    if len(ids) != min(PIECE, self.positions + 1 - i * PIECE):
-      raise _damaged(self._source, self._shards[shard]["file"])
-    return ids
+      raise damaged(self._source, self.shards[shard]["file"], self._tool) from e
 
   def _reader(self, shard: int) -> ArrayRecordReader:
     with self._lock:
       if shard not in self._readers:
-        path = str(self._folder / self._shards[shard]["file"])
+        path = str(self._folder / self.shards[shard]["file"])
         # Rows are read in random order: what lies behind a record is not wanted.
         self._readers[shard] = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
       return self._readers[shard]
@@ -71,28 +85,28 @@ def folder(source: str) -> Path:
   return Path(source.partition(":")[2]).expanduser()
 
 
-def manifest(source: str) -> dict:
-  """The manifest of `shards:DIR`; every shard it names has the size it says.
+def manifest(source: str, tool: str = TOOL, form: int | str = FORMAT) -> dict:
+  """The manifest of `shards:DIR`, written by `tool` in format `form`; every shard it names has the size it says.
 
   Raises UserError (`source`) if there is none, it is damaged or not finished, or a shard
   is missing or cut short.
   """
   root = folder(source)
-  check(source != "shards:", "source", source, "name a directory, as in source=shards:DIR")
+  check(source.partition(":")[2] != "", "source", source, f"name a directory, as in source={source}DIR")
   check(root.is_dir(), "source", source, "there is no such directory")
-  check((root / MANIFEST).is_file(), "source", source, f"has no {MANIFEST}; write it with research.tools.tokenize")
+  check((root / MANIFEST).is_file(), "source", source, f"has no {MANIFEST}; write it with {tool}")
   try:
     about = json.loads((root / MANIFEST).read_bytes())
-    check(about["format"] == FORMAT, "source", source, f"has format {about['format']}, not {FORMAT}; write it again")
-    check(about["complete"] is True, "source", source, "is not finished; run research.tools.tokenize on it again")
+    check(about["format"] == form, "source", source, f"has format {about['format']}, not {form}; write it again")
+    check(about["complete"] is True, "source", source, f"is not finished; run {tool} on it again")
     for split in about["splits"].values():
       for shard in split["shards"]:
         path = root / shard["file"]
         check(path.is_file(), "source", source, f"{shard['file']} is missing")
         if path.stat().st_size != shard["size"]:
-          raise _damaged(source, shard["file"])
+          raise damaged(source, shard["file"], tool)
   except (ValueError, KeyError, TypeError, AttributeError, OSError):
-    raise UserError("source", source, f"its {MANIFEST} is damaged; write it with research.tools.tokenize") from None
+    raise UserError("source", source, f"its {MANIFEST} is damaged; write it with {tool}") from None
   return about
 
 
@@ -104,14 +118,24 @@ def tokenizer(source: str, about: dict) -> tokenizers.Tokenizer:
   try:
     learnt = tokenizers.learnt((folder(source) / MODEL).read_text(), about["vocab"])
   except Exception as e:  # the library raises no class of its own
-    raise _damaged(source, MODEL) from e
+    raise damaged(source, MODEL) from e
   if learnt.sha256 != about["sha256"]:
-    raise _damaged(source, MODEL)
+    raise damaged(source, MODEL)
   return learnt
 
 
-def _damaged(source: str, file: str) -> UserError:
-  return UserError("source", source, f"{file} is damaged: restore it, or write it again with research.tools.tokenize")
+def damaged(source: str, file: str, tool: str = TOOL) -> UserError:
+  return UserError("source", source, f"{file} is damaged: restore it, or write it again with {tool}")
+
+
+def end_shard(writer: ArrayRecordWriter, path: str | os.PathLike) -> dict:
+  """Closes the writer of `path`.tmp and gives the file its name, whole on the disk; its entry of a manifest."""
+  writer.close()
+  with open(f"{path}.tmp", "rb+") as f:
+    sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    os.fsync(f.fileno())
+  os.replace(f"{path}.tmp", path)
+  return {"file": Path(path).name, "size": os.path.getsize(path), "sha256": sha256}
 
 
 class ShardWriter:
@@ -191,13 +215,8 @@ class ShardWriter:
     self._fill = 0
 
   def _end_shard(self) -> None:
-    self._writer.close()
+    self.entry["shards"].append(end_shard(self._writer, self._path))
     self._writer, self._room = None, self._size
-    with open(f"{self._path}.tmp", "rb+") as f:
-      sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-      os.fsync(f.fileno())
-    os.replace(f"{self._path}.tmp", self._path)
-    self.entry["shards"].append({"file": self._path.name, "size": self._path.stat().st_size, "sha256": sha256})
 
   def _changed(self) -> tuple[str, Path, str]:
     return "out", self._root, f"the source is not what its {self._split} shards were written from; use another --out"

@@ -126,7 +126,7 @@ def _goes_on(name: str, found: Iterator[Record]) -> Iterator[Record]:
 
 
 def _jsonl(name: str, path: Path, field: str) -> Iterator[Record]:
-  with _open(path) as lines:
+  with open_file(path) as lines:
     for number, line in enumerate(lines, 1):
       if not line.isspace():
         yield Record(f"{name}:{number}", functools.partial(_json_field, line, field), by_content=True)
@@ -151,7 +151,7 @@ def _parquet(source: str, name: str, path: Path, field: str) -> Iterator[Record]
   with tempfile.TemporaryFile() as plain:
     seekable = path
     if path.suffix != ".parquet":
-      with _open(path) as packed:
+      with open_file(path) as packed:
         shutil.copyfileobj(packed, plain)
       seekable = plain
     with parquet.ParquetFile(seekable) as table:
@@ -244,7 +244,7 @@ def find(root: str | Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
   return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
   if path.suffix == ".gz":
     return gzip.open(path)
   if path.suffix == ".zst":
@@ -255,7 +255,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_all(path: Path) -> bytes:
-  with _open(path) as f:
+  with open_file(path) as f:
     return f.read()
 
 

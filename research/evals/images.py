@@ -37,15 +37,23 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
   Raises UserError with fewer than two samples, or unequal d.
   """
-  a, b = _features(a, "a"), _features(b, "b")
-  check(a.shape[1] == b.shape[1], "features", f"{a.shape[1]} and {b.shape[1]}", "use one feature function")
-  check(min(len(a), len(b)) >= 2, "samples", min(len(a), len(b)), "a covariance needs at least 2")
-  covariance = lambda x: np.atleast_2d(np.cov(x, rowvar=False))
-  cov_a, cov_b = covariance(a), covariance(b)
+  return frechet_of_gaussians(*gaussian(a), *gaussian(b))
+
+
+def gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(mean [d], covariance [d, d]) of features [n, d]. Raises UserError with fewer than two."""
+  features = _features(features, "features")
+  check(len(features) >= 2, "samples", len(features), "a covariance needs at least 2")
+  return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_of_gaussians(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+  """`frechet` of means [d] and covariances [d, d], e.g. of published statistics. Raises UserError for unequal d."""
+  check(mean_a.shape == mean_b.shape, "features", f"{len(mean_a)} and {len(mean_b)}", "use one feature function")
   values, vectors = np.linalg.eigh(cov_a)
   root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
   between = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-  return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * between)
+  return float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * between)
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -6,7 +6,6 @@ are made inside the program of the update, without the host. For the same in a f
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -14,10 +13,20 @@ from jax import numpy as jnp
 from research.generation import Sampling
 from research.metrics import Mean
 from research.models.decoder import Decoder
-from research.preference import losses, updates
+from research.preference import losses
 from research.preference.losses import log_prob, over_rows
 from research.preference.oracles import Oracle
-from research.preference.samplers import GeometricMixture, Policy, Reference, Responses, Sampler, draw, token_log_probs
+from research.preference.samplers import (
+  GeometricMixture,
+  Policy,
+  Reference,
+  Responses,
+  Sampler,
+  draw,
+  repeated_rows,
+  reshaped_rows,
+  token_log_probs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +54,20 @@ class Method:
 
 
 # EGPO's stand-in for uniform responses: flatter, and cut to ids that are not absurd.
-_FLAT = Policy(Sampling(temperature=2.0, top_k=10))
+FLAT = Policy(Sampling(temperature=2.0, top_k=10))
 
 METHODS: dict[str, Method] = {
-  "online_ipo_uniform": Method(losses.ipo_against, _FLAT, _FLAT, Policy()),
+  "online_ipo_uniform": Method(losses.ipo_against, FLAT, FLAT, Policy()),
   "online_ipo_policy": Method(losses.ipo),
   "ipo_md": Method(losses.ipo, GeometricMixture(), GeometricMixture()),
-  "nash_md": Method(losses.ipo_against, _FLAT, _FLAT, GeometricMixture()),
+  "nash_md": Method(losses.ipo_against, FLAT, FLAT, GeometricMixture()),
   "nash_md_pg": Method(losses.nash_md, Policy(), None, GeometricMixture()),
-  "egpo": Method(losses.ipo_against, _FLAT, _FLAT, Policy(), update="extragradient"),
-  "optimistic": Method(losses.ipo_against, _FLAT, _FLAT, Policy(), update="optimistic"),
+  "egpo": Method(losses.ipo_against, FLAT, FLAT, Policy(), update="extragradient"),
+  "optimistic": Method(losses.ipo_against, FLAT, FLAT, Policy(), update="optimistic"),
   "online_dpo": Method(losses.dpo),
-  # On the last pairs only; to add those before, hand `scored` a batch that holds them.
+  # On the last pairs only; `online` adds those before by its `memory`.
   "xpo": Method(losses.xpo, y2=Reference()),
-  # The reference is to be the last iteration's policy.
+  # The reference is to be the last iteration's policy: `online` moves it by its `refresh`.
   "sppo": Method(losses.sppo, opponent=Policy()),
 }
 
@@ -82,14 +91,22 @@ def rollout(
   Returns `batch` with responses int32 and mask float32 [batch, responses, tokens], and preference.
   """
   keys = jax.random.split(key, 4)
-  make = lambda sampler, key: draw(
-    sampler, policy, reference, batch["prompts"], batch["lengths"], key, tokens=tokens, stop=stop
-  )
-  made = [make(sampler, key) for sampler, key in zip((method.y, method.y2), keys, strict=False) if sampler is not None]
+
+  def make(sampler, key, count=1):
+    prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
+    drawn = draw(sampler, policy, reference, prompts, lengths, key, tokens=tokens, stop=stop)
+    apart = jax.tree.map(lambda x: reshaped_rows(x, len(x) // count, count, tokens), drawn)
+    return [Responses(apart.tokens[:, i], apart.mask[:, i]) for i in range(count)]
+
+  if method.y == method.y2:
+    made = make(method.y, keys[0], 2)  # at once: half the program, and larger batches
+  else:
+    samplers = [s for s in (method.y, method.y2) if s is not None]
+    made = [y for s, key in zip(samplers, keys, strict=False) for y in make(s, key)]
   if method.opponent is None:
     preference = oracle.prob(batch, *made)
   else:
-    opponent = make(method.opponent, keys[2])
+    [opponent] = make(method.opponent, keys[2])
     preference = jnp.stack([oracle.prob(batch, y, opponent) for y in made], axis=1)
     preference = preference if method.y2 is not None else preference[:, 0]
   if hard:
@@ -100,11 +117,10 @@ def rollout(
 
 def scored(model: Decoder, batch: dict[str, jax.Array]) -> jax.Array:
   """float32 [batch, responses, tokens]: the log-probabilities of a rollout's responses under `model`."""
-  one = lambda i: Responses(batch["responses"][:, i], batch["mask"][:, i])
-  each = [
-    token_log_probs(model, batch["prompts"], batch["lengths"], one(i)) for i in range(batch["responses"].shape[1])
-  ]
-  return jnp.stack(each, axis=1)
+  size, count, length = batch["responses"].shape
+  prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
+  flat = Responses(*(reshaped_rows(batch[name], size * count, length) for name in ("responses", "mask")))
+  return reshaped_rows(token_log_probs(model, prompts, lengths, flat), size, count, length)
 
 
 def loss(
@@ -129,33 +145,3 @@ def loss(
     means["log_prob_preferred"] = jnp.where(p >= 0.5, totals[:, 0], totals[:, 1])
     means["log_prob_other"] = jnp.where(p >= 0.5, totals[:, 1], totals[:, 0])
   return {name: over_rows(x, weights) for name, x in means.items()}
-
-
-def update(
-  method: Method,
-  oracle: Oracle,
-  tx: Any,
-  policy: Decoder,
-  opt: Any,
-  reference: Decoder,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
-  *,
-  b: float,
-  tokens: int,
-  stop: tuple[int, ...] = (),
-  hard: bool = False,
-  **options,
-) -> tuple[Decoder, Any, dict[str, Mean]]:
-  """(policy, opt, means of `loss`) after one update on prompts: rollout, preferences, gradient, step. Traceable.
-
-  The opponent that an update brings writes all responses that the policy would, as in EGPO's public code; the
-  reference log-probabilities are `reference`'s, which gets no gradient. tx for "optimistic": `updates.remembering`.
-  """
-
-  def objective(policy, opponent, key):
-    made = rollout(method, oracle, opponent, reference, batch, key, tokens=tokens, stop=stop, hard=hard)
-    made["reference"] = scored(reference, made)
-    return loss(method, policy, jax.lax.stop_gradient(made), b=b, **options)
-
-  return updates.UPDATES[method.update](updates.averaged(objective), tx, policy, opt, key)

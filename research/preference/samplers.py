@@ -17,8 +17,8 @@ from jax import numpy as jnp
 
 from research.errors import check
 from research.generation import Sampling, continuations, filtered, sample
-from research.kernels.dispatch import place
-from research.mesh import HIDDEN, TOKENS
+from research.kernels.dispatch import on_mesh, place
+from research.mesh import BATCH, HIDDEN, TOKENS
 from research.models.decoder import Decoder
 
 
@@ -38,8 +38,8 @@ class Uniform:
   vocab: int = 0
 
   def models(self, policy: Any, reference: Any) -> tuple[Any, ...]:
-    """The models whose logits are needed."""
-    return (policy,)
+    """The models whose logits are needed: none."""
+    return ()
 
   def logits(self, policy: jax.Array, reference: jax.Array | None = None) -> jax.Array:
     """Zeros, and -inf beyond `vocab`."""
@@ -126,7 +126,10 @@ def draw(
   def next_token(logits: list[jax.Array], key: jax.Array) -> jax.Array:
     return sample(sampler.logits(*logits), key, whole)
 
-  made = continuations(models, next_token, prompts, lengths, key, tokens=tokens, stop=stop)
+  if models:
+    made = continuations(models, next_token, prompts, lengths, key, tokens=tokens, stop=stop)
+  else:
+    made = jax.random.randint(key, (len(prompts), tokens), 0, sampler.vocab or policy.cfg.vocab, jnp.int32)
   ended = jnp.isin(made, jnp.array(stop, jnp.int32))
   before = jnp.cumsum(ended, axis=1) - ended  # stop ids before this one
   return Responses(place(made, TOKENS), place((before == 0).astype(jnp.float32), TOKENS))
@@ -145,3 +148,44 @@ def token_log_probs(model: Decoder, prompts: jax.Array, lengths: jax.Array, resp
   # a comparison, not a gather: the vocabulary may be cut along the mesh
   chosen = jnp.where(jnp.arange(logits.shape[-1]) == responses.tokens[..., None], logits, 0)
   return jnp.sum(chosen, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def enumerated(model: Decoder, prompts: jax.Array, lengths: jax.Array, strings: jax.Array) -> jax.Array:
+  """float32 [batch, n, length]: the ids' log-probabilities in all n responses `strings` int32 [n, length], at once.
+
+  Their sums over length are a policy of a finite set, for `games`, where the strings are all there are.
+  """
+  size, n = len(prompts), len(strings)
+  ids = repeated_rows(prompts, n), repeated_rows(lengths, n)
+  tokens = reshaped_rows(jnp.broadcast_to(strings, (size, *strings.shape)), size * n, strings.shape[1])
+  logp = token_log_probs(model, *ids, Responses(tokens, jnp.ones_like(tokens, jnp.float32)))
+  return reshaped_rows(logp, size, n, strings.shape[1])
+
+
+def tokenwise_mixture(policy: jax.Array, reference: jax.Array, coefficient: float, vocab: int) -> jax.Array:
+  """float32 [batch, n]: what `GeometricMixture` draws in `enumerated` strings, all vocab^length in order.
+
+  Each id is mixed and normalised by itself: not the mixture of whole responses, but for one id.
+  """
+  batch, n, length = policy.shape
+  mixed = (1 - coefficient) * policy + coefficient * reference
+  total = jnp.zeros((batch, n), mixed.dtype)
+  for t in range(length):
+    # strings that begin alike stand together: [prefixes, the id at t, what may follow]
+    here = mixed[:, :, t].reshape(batch, vocab**t, vocab, -1)
+    total += jax.nn.log_softmax(here, axis=2).reshape(batch, n)
+  return total
+
+
+def repeated_rows(x: jax.Array, count: int) -> jax.Array:
+  """Each row of `x` [batch, ...] so many times in a row, cut along the batch."""
+  if count == 1:
+    return x
+  rows = jnp.broadcast_to(reshaped_rows(x, len(x), 1, *x.shape[1:]), (len(x), count, *x.shape[1:]))
+  return reshaped_rows(rows, len(x) * count, *x.shape[1:])
+
+
+def reshaped_rows(x: jax.Array, *shape: int) -> jax.Array:
+  """`x` in another shape, of which the leading axis alone is cut, as it was before."""
+  cut = lambda ndim: P(BATCH, *[None] * (ndim - 1))
+  return jax.lax.reshape(place(x, cut(x.ndim)), shape, out_sharding=cut(len(shape)) if on_mesh() else None)

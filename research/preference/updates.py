@@ -6,12 +6,13 @@ is played against, and sampled from, and gets no gradient. An update is a functi
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 import optax
+
+from research.fit import accumulated
 
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 
@@ -71,18 +72,8 @@ UPDATES = {"plain": plain, "extragradient": extragradient, "optimistic": optimis
 
 def averaged(loss: Callable[..., dict[str, Any]]) -> Gradient:
   """The gradient of sum(total) / sum(weight) of a loss (parameters, opponent, key) -> {"loss": Mean, ...}."""
-
-  def objective(params, opponent, key):
-    means = loss(params, jax.lax.stop_gradient(opponent), key)
-    return means["loss"].total, means
-
-  @functools.wraps(loss)
-  def gradient(params, opponent, key):
-    grads, means = jax.grad(objective, has_aux=True)(params, opponent, key)
-    weight = jnp.maximum(means["loss"].weight, 1e-9)
-    return jax.tree.map(lambda g: g / weight, grads), means
-
-  return gradient
+  against = lambda params, opponent, key: loss(params, jax.lax.stop_gradient(opponent), key)
+  return lambda params, opponent, key: accumulated(against, params, opponent, key, 1)
 
 
 def _step(tx: optax.GradientTransformation, grads: Any, params: Any, opt: Any) -> tuple[Any, Any]:

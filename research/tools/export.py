@@ -24,7 +24,9 @@ def main() -> None:
     settings = {"max_position_embeddings": opened.length}
     if opened.reads_text:
       settings |= {"bos_token_id": opened.tokenizer().eod, "eos_token_id": opened.tokenizer().eod}
-    convert.export(opened.model, args.out, settings=settings, dtype=args.dtype)
+    # a tokenizer is trained with more beside it
+    model = getattr(opened.model, "tokenizer", opened.model)
+    convert.export(model, args.out, settings=settings, dtype=args.dtype)
     if opened.reads_text and (file := opened.tokenizer().file()):
       pathlib.Path(args.out, "tokenizer.json").write_text(file)
   print(f"{opened.name} -> {args.out}")

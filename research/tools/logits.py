@@ -45,7 +45,7 @@ def main() -> None:
       out = image_logits(model, tokens, labels, read_tokenizer(args.tokenizer, model))
     else:
       out = logits(model, cfg.vocab, tokens)
-    save(args.out, out)
+    save(args.out, logits=out)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -143,14 +143,14 @@ def _in_parts(f, model, vocab: int, *arrays: np.ndarray) -> np.ndarray:
   return out
 
 
-def save(path: str, logits: np.ndarray) -> None:
-  """Writes an .npz of `logits`, whole or not at all. Raises UserError."""
+def save(path: str, **arrays: np.ndarray) -> None:
+  """Writes an .npz of the arrays, whole or not at all. Raises UserError."""
   out = pathlib.Path(path)
   check(not out.is_dir(), "out", path, "is a directory; name a file")
   partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
   try:
     with partial.open("wb") as file:
-      np.savez(file, logits=logits)
+      np.savez(file, **arrays)
     partial.replace(out)
   except OSError as e:
     raise UserError("out", path, f"cannot be written: {e.strerror or e}") from None

@@ -45,13 +45,15 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
     cfg, model = runs.load(args.workdir, name, overrides)
     about = report.manifest(paths.parse(args.workdir))["data"].get(name.rpartition("-")[0], {}).get("tokenizer")
     tokenizer = functools.cache(lambda: _trained_with(args.workdir, name, cfg, about))
-    # A packed document has the end of the one before it as its first input.
-    return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, lambda: (tokenizer().eod,))
+    # A packed document has the end of the one before it as its first input; prompts of preferences say what they have.
+    begin = lambda: getattr(cfg.data, "begin", (tokenizer().eod,))
+    return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, begin)
   check(args.run is None, "run", args.run, "goes with --workdir")
   check(not overrides, "config", overrides[0] if overrides else "", "goes with --workdir")
   weights = convert.read(args.weights)
   said, family = weights.config, weights.family
-  check(not family.images, "weights", args.weights, f"is a {family.name}: it knows images, and this tool works on text")
+  fix = f"is a {family.name}: it knows images, and this tool works on text; try research.tools.sample"
+  check(not family.images, "weights", args.weights, fix)
   cfg, model = convert.load(weights)
   bos = said.get("bos_token_id")
   length = int(said.get("max_position_embeddings") or 2048)

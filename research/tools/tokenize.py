@@ -8,10 +8,7 @@ with the same files, byte for byte.
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
 import json
-import os
 import pathlib
 import sys
 
@@ -20,7 +17,8 @@ from tqdm import tqdm
 from research import run
 from research.data import TextConfig, load_tokenizer, shards, sources, text
 from research.data import tokenizer as tokenizers
-from research.errors import UserError, check
+from research.errors import check
+from research.tools import writing
 
 SAMPLE_BYTES = 64 * 2**20  # of train documents from which a bpe is learnt
 BATCH_BYTES = 4 * 2**20  # of documents encoded at once
@@ -34,18 +32,8 @@ def main() -> None:
   check(pieces >= 1 and pieces.is_integer(), "shard_tokens", args.shard_tokens, f"use a multiple of {shards.PIECE}")
   sources.records(args.source)  # what is wrong with the source is told before anything is written
   root = pathlib.Path(args.out).expanduser()
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      write(cfg, root, args.shard_tokens)
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-    sys.exit(run.EXIT_INTERRUPTED)
-  except BlockingIOError:
-    raise UserError("out", root, "another process is writing there") from None
-  except OSError as e:
-    raise UserError("out", root, f"cannot be written: {e.strerror or e}") from None
+  with writing.alone(root):
+    write(cfg, root, args.shard_tokens)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -68,14 +56,14 @@ def write(cfg: TextConfig, root: pathlib.Path, shard_tokens: int) -> None:
   if cfg.tokenizer == "bpe":
     settings["bpe_vocab"] = cfg.bpe_vocab
   if path.exists():
-    about = _begun(root, settings)
+    about = writing.begun(root, settings, shards.FORMAT)
   else:
     about = {"format": shards.FORMAT, "complete": False, "settings": settings, "tokenizer": None}
     about |= {"bad_records": [], "splits": {split: {"shards": []} for split in text.SPLITS}}
   tokenizer = _tokenizer(cfg, root, about["tokenizer"])
   about["tokenizer"] = {name: getattr(tokenizer, name) for name in ("name", "vocab", "eod", "sha256")}
   if not about["complete"]:
-    save = lambda: _replace(path, json.dumps(about, indent=1) + "\n")
+    save = lambda: writing.replace(path, json.dumps(about, indent=1) + "\n")
     save()
     writers = {
       split: shards.ShardWriter(root, split, tokenizer, shard_tokens, entry, save)
@@ -115,25 +103,6 @@ def _stream(cfg: TextConfig, tokenizer, writers: dict[str, shards.ShardWriter], 
     writer.finish()
 
 
-def _begun(root: pathlib.Path, settings: dict) -> dict:
-  """The manifest of `root`. Raises UserError if its settings are others, or a shard is not what was written."""
-  try:
-    about = json.loads((root / shards.MANIFEST).read_bytes())
-    before, splits = about["settings"], about["splits"].values()
-    differ = [
-      f"{k}={settings.get(k)} (was {before.get(k)})" for k in before | settings if before.get(k) != settings.get(k)
-    ]
-    check(not differ, "out", root, f"holds shards made with other settings: {', '.join(differ)}; use another --out")
-    check(about["format"] == shards.FORMAT, "out", root, f"holds shards of format {about['format']}; use another --out")
-    for shard in [shard for split in splits for shard in split["shards"]]:
-      path = root / shard["file"]
-      whole = path.is_file() and _sha256(path) == shard["sha256"]
-      check(whole, "out", root, f"{shard['file']} is missing or damaged; restore it, or use another --out")
-  except (ValueError, KeyError, TypeError, AttributeError):
-    raise UserError("out", root, f"its {shards.MANIFEST} is damaged; use another --out") from None
-  return about
-
-
 def _tokenizer(cfg: TextConfig, root: pathlib.Path, before: dict | None):
   """The tokenizer to write with, its file beside the shards. Raises UserError if it is not the one of `before`."""
   path = root / shards.MODEL
@@ -146,7 +115,7 @@ def _tokenizer(cfg: TextConfig, root: pathlib.Path, before: dict | None):
   same = before is None or before["sha256"] == tokenizer.sha256
   check(same, "tokenizer", cfg.tokenizer, f"is not the one that the shards in {root} were written with")
   if tokenizer.model and before is None:
-    _replace(path, tokenizer.model)
+    writing.replace(path, tokenizer.model)
   return tokenizer
 
 
@@ -159,21 +128,6 @@ def _sample(cfg: TextConfig) -> text.Corpus:
     if size >= SAMPLE_BYTES:
       break
   return text.corpus(sample)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _replace(path: pathlib.Path, content: str) -> None:
-  """Writes the file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ with jax.set_mesh(mesh):
 
 LAYER = """
 import re
-from launch import hlo
+from launch.counts import count
 from research.mesh import PARTITIONS
 from research.nn.linear_attention import GatedLinearAttention
 from research.nn.precision import POLICIES
@@ -94,7 +94,7 @@ def moved(length, train):
   args = (layer, x, ids, x) if train else (layer, x, ids)
   text = jax.jit(step if train else forward).lower(*args).compile().as_text()
   text = re.sub(r"S\\(\\d+\\)", "", text)
-  return hlo.count(re.sub(r" (copy|slice)-start\\(", " bitcast(", text), {}).bytes
+  return count(re.sub(r" (copy|slice)-start\\(", " bitcast(", text), {}).bytes
 
 with jax.set_mesh(mesh):
   inner, width = 2 * HEADS * DIM, 2 * WIDTH  # bytes a token
@@ -123,7 +123,7 @@ print(compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("%
 
 
 LIGHTNING = """
-from launch import hlo
+from launch.counts import count
 from research.kernels.lightning_attention.api import lightning_attention
 
 with jax.set_mesh(mesh):
@@ -141,7 +141,7 @@ with jax.set_mesh(mesh):
 
     args = heads(d_k), heads(d_k), heads(d_v), state, put((4,), jnp.float32, "model"), ids
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text()
-    counts = hlo.count(text, dict(mesh.shape))
+    counts = count(text, dict(mesh.shape))
     states = 1e-6 * sum(c.sent for c in counts.collectives)
     kinds = sorted({(c.kind, *c.axes) for c in counts.collectives})
     print(name, "fused" if 1 < sum(counts.kernels.values()) < 4 else counts.kernels, kinds, f"{states:.2f} MB")

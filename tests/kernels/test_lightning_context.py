@@ -9,7 +9,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from launch import hlo
+from launch import counts, hlo
 from research.errors import UserError
 from research.kernels.lightning_attention import context_parallel
 from research.kernels.lightning_attention.api import lightning_attention
@@ -51,7 +51,7 @@ def cut(mesh, args, cotangents, f=None):
   sent = []
   for computation in hlo.parse(compiled.as_text())[0].values():
     for instruction in computation.instructions.values():
-      if instruction.opcode.removesuffix("-start") in hlo.COLLECTIVES:
+      if instruction.opcode.removesuffix("-start") in counts.COLLECTIVES:
         arrays = [a for name in instruction.operands for a in computation.instructions[name].types]
         sent.append((instruction.opcode, sum(a.bytes for a in arrays)))
   return values, sorted(sent)

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
 
 TRITON = """
 import json
-from launch import hlo, ptx, topology
+from launch import ptx, topology
+from launch.counts import count
 topology.environment()
 import jax
 from jax import numpy as jnp
@@ -39,14 +40,15 @@ with ptx.dumped():
   on = jax.sharding.SingleDeviceSharding(device)
   put = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=on)
   text = jax.jit(f).trace(put(256, 128), put(128, 128)).lower(lowering_platforms=("cuda",)).compile().as_text()
-  counts = hlo.count(text, {"data": 1})
+  counts = count(text, {"data": 1})
   print(json.dumps([counts.kernels, ptx.registers(list(counts.kernels)), counts.uncounted]))
 """
 
 
 LIGHTNING = """
 import json, sys
-from launch import hlo, plan, ptx, topology
+from launch import planner, ptx, topology
+from launch.counts import count
 topology.environment()
 import jax
 from jax import numpy as jnp
@@ -65,7 +67,7 @@ with ptx.dumped():
   q, v, state = put(4, 1000, 8, d_k), put(4, 1000, 8, d_v), put(4, 8, d_k, d_v, dtype=jnp.float32)
   args = q, q, v, put(8, dtype=jnp.float32), put(4, 1000, dtype=jnp.int32), state, (v, state)
   text = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
-  counts = hlo.count(text, {"data": 1}, kernel_flops=plan.kernel_flops)
+  counts = count(text, {"data": 1}, kernel_flops=planner.kernel_flops)
   print(json.dumps([ptx.registers(list(counts.kernels)), counts.flops, counts.uncounted]))
 """
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from launch import plan, topology
+from launch import plan, planner, topology
 from research.errors import UserError
 from research.hardware import CHIPS
 from research.mesh import MeshConfig
@@ -90,10 +90,10 @@ def test_every_standard_slice_is_well_formed_and_larger_than_the_last():
 
 
 def test_a_plan_that_does_not_fit_tells_the_largest_buffers_and_the_change_that_helps():
-  memory = plan.Memory(
+  memory = planner.Memory(
     limit=16e9, needed=30e9, parameters=1e9, optimizer=2e9, batch=0, activations=25e9, temporaries=2e9, compiled=False
   )
-  found = plan.Plan(
+  found = planner.Plan(
     "c.py",
     "a",
     "train",
@@ -209,7 +209,7 @@ def test_one_token_reads_the_weights_and_the_caches():
 
 HAND = """
 import json, sys
-from launch import hlo, topology
+from launch import counts, topology
 topology.environment()
 import jax
 from jax import numpy as jnp
@@ -220,7 +220,7 @@ put = lambda shape, *spec, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
   shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 def count(f, *args, **kw):
   with jax.set_mesh(mesh):
-    c = hlo.count(jax.jit(f, **kw).lower(*args).compile().as_text(), dict(mesh.shape))
+    c = counts.count(jax.jit(f, **kw).lower(*args).compile().as_text(), dict(mesh.shape))
   return {"flops": c.flops, "bytes": c.bytes, "uncounted": c.uncounted,
           "collectives": [[x.kind, list(x.axes), x.times, x.sent] for x in c.collectives]}
 n = 2048

@@ -15,6 +15,7 @@ from research.mesh import MeshConfig
 from research.metrics import Mean
 from research.models.transformer import Transformer
 from research.preference import methods, oracles, updates
+from research.preference.online import OnlineConfig, gradient
 from research.preference.samplers import GeometricMixture, Policy, Reference, Responses, Uniform, draw, token_log_probs
 from tests import small
 
@@ -131,22 +132,13 @@ def step(name, rows=8, seed=0, **options):
   tx = optax.sgd(0.05)
   tx = updates.remembering(tx) if method.update == "optimistic" else tx
 
+  online = OnlineConfig(name, b=0.5, tokens=LENGTH, **options)
+
   @jax.jit
   def run(policy, reference, batch):
-    made = methods.update(
-      method,
-      CYCLE,
-      tx,
-      policy,
-      tx.init(policy),
-      reference,
-      batch,
-      jax.random.key(seed),
-      b=0.5,
-      tokens=LENGTH,
-      **options,
-    )
-    return made[0], made[2]
+    move = functools.partial(updates.UPDATES[method.update], gradient(online, CYCLE, reference, batch), tx)
+    moved, _, (means, *_) = move(policy, tx.init(policy), jax.random.key(seed))
+    return moved, means
 
   policy, means = jax.block_until_ready(run(model(0), model(1), prompts(rows)))
   return policy, means
@@ -176,17 +168,18 @@ def test_an_update_is_the_same_on_one_device_and_on_four(name):
 @pytest.mark.slow
 def test_online_ipo_beats_its_start_on_a_transitive_preference():
   oracle = oracles.BradleyTerry(lambda prompt, y: 3.0 * jnp.mean(y.tokens == 1, axis=1))
-  method, tx = methods.METHODS["online_ipo_policy"], optax.adam(3e-3)
+  tx = optax.adam(3e-3)
 
   @jax.jit
   def run(policy, opt, reference, batch, key):
-    return methods.update(method, oracle, tx, policy, opt, reference, batch, key, b=0.3, tokens=LENGTH)
+    online = OnlineConfig("online_ipo_policy", b=0.3, tokens=LENGTH)
+    return updates.plain(gradient(online, oracle, reference, batch), tx, policy, opt, key)
 
   with small.use():
     policy, reference = model(0), model(0)
     opt, batch = jax.jit(tx.init)(policy), prompts(64)
     for t in range(60):
-      policy, opt, means = run(policy, opt, reference, batch, jax.random.key(t))
+      policy, opt, (means, *_) = run(policy, opt, reference, batch, jax.random.key(t))
     made = [
       jax.jit(functools.partial(draw, Policy(), tokens=LENGTH))(m, m, *prompts(512).values(), jax.random.key(9))
       for m in (policy, reference)

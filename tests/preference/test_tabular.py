@@ -70,8 +70,63 @@ def test_the_official_trajectories_are_met_in_float64(name, b):
   steps = 10 * (golden("gap").shape[1] - 1)
   theta, gap = paths(OFFICIAL[name], p, log_r, b, 4 * RATES[b] / (10 * b), 300, 1)  # one program for every b
   np.testing.assert_allclose(gap[:, : steps + 1 : 10], golden("gap"), atol=1e-9)
+  np.testing.assert_allclose(gap[:, : steps + 1 : 10], golden("gap_official_float32"), atol=5e-5)
   for what, at in (("theta_1", 1), ("theta_2", 2), ("theta_10", 10), ("theta_final", steps)):
     np.testing.assert_allclose(theta[:, at], centred(golden(what)), atol=1e-9)
+  star = np.concatenate([GOLDEN[f"{seed}/beta{b}/ne_log_policy"] for seed in range(3)])
+  np.testing.assert_allclose(games.kl(star, log_softmax(theta[:, steps])), golden("kl_ne_to_final"), atol=1e-9)
+  np.testing.assert_allclose(
+    gap[:, 0], np.concatenate([GOLDEN[f"{seed}/beta{b}/initial_gap_closed_form"] for seed in range(3)]), atol=1e-9
+  )
+  if name != "egpo":  # of which the first half step's is that of online IPO
+    step = centred(theta[:, 1] - theta[:, 0])
+    np.testing.assert_allclose(step, -RATES[b] * centred(golden("grad_at_step0")), atol=1e-9)
+
+
+def official_loss(name, b, p, theta, log_r):
+  """Of one game in the middle of an update: the squared losses at theta; of EGPO the second half step's."""
+  d = log_softmax(theta) - log_r
+  own = np.exp(log_softmax(theta))
+  game = Game(jnp.asarray(p), jnp.asarray(log_r), jnp.asarray(b))
+  eta = 4 * RATES[b] / (10 * b)
+  contrast = d[:, None] - d[None, :]
+  if name == "oipo2":
+    return np.sum(own[:, None] * own[None, :] * (contrast - (p - 0.5) / b) ** 2)
+  opponent = theta
+  if name == "nash_md":
+    opponent = half_mixture(game, theta, eta)
+  elif name == "egpo":
+    opponent = METHODS["online_ipo_uniform"](game, start(jnp.asarray(theta)), eta).theta
+  q = np.asarray(game.win_rates(jnp.asarray(opponent)))
+  return np.mean((contrast - (q[:, None] - q[None, :]) / b) ** 2)
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "nash_md_pg"])
+@pytest.mark.parametrize("b", RATES)
+def test_the_first_losses_are_the_official_ones(name, b):
+  for seed in range(3):
+    p, theta = (GOLDEN[f"{seed}/{x}"].astype(np.float64) for x in ("P", "ref_logits"))
+    found = sum(official_loss(name, b, *game) for game in zip(p, theta, log_softmax(theta), strict=True))
+    np.testing.assert_allclose(found, GOLDEN[f"{seed}/beta{b}/{name}/loss_at_step0"], rtol=1e-9)
+
+
+def test_the_rate_of_a_mode_is_its_responses_probability_where_pairs_are_the_policys_own():
+  """Why they stall: the slowest mode's rate is b for uniform pairs, b n pi for own ones, b^2 n pi / 4 in PG."""
+  n, b = 6, 0.1
+  log_r = log_softmax(np.zeros(n))
+  p = matrices.bradley_terry(np.linspace(0, 2, n))
+  game = Game(jnp.asarray(p), jnp.asarray(log_r), jnp.asarray(b))
+  star = jnp.asarray(games.equilibrium(p, log_r, b))
+  rarest = float(jnp.exp(jnp.min(star)))
+  assert rarest < 2e-2
+
+  def slowest(field):
+    jacobian = np.asarray(jax.jacobian(lambda theta: field(game, theta, theta, None, None))(star))
+    return np.sort(-np.linalg.eigvals(jacobian).real)[1]  # the least is that of the constant, 0
+
+  assert slowest(tabular.uniform_pairs) == pytest.approx(b, rel=0.05)
+  assert slowest(tabular.policy_pairs) < 2 * b * n * rarest
+  assert slowest(tabular.policy_gradient) < b**2 * n / 4 * 2 * rarest
 
 
 SAMPLED = {
@@ -228,6 +283,7 @@ def test_sampled_fields_have_no_bias(field, hard):
 def test_samples_of_the_official_losses_give_their_gradients():
   games_ = GOLDEN["0/P"].astype(np.float64)
   theta, log_r = (x.astype(np.float64) for x in (GOLDEN["0/sampled/theta"], log_softmax(GOLDEN["0/ref_logits"])))
+  losses_ = {}
   for name, (field, arrays) in SAMPLED.items():
     drawn = [GOLDEN[f"0/sampled/{name}/{x}"].astype(int) for x in arrays]
     for i, p in enumerate(games_):
@@ -237,6 +293,16 @@ def test_samples_of_the_official_losses_give_their_gradients():
       moved = tabular._contrast(10, y, y2, jnp.asarray(wins - 0.01 * (d[y] - d[y2])))
       expected = GOLDEN[f"0/sampled/{name}/grad_theta"][i]
       np.testing.assert_allclose(-2 / 0.01 * np.asarray(moved), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+      total = np.mean(((d[y] - d[y2]) - wins / 0.01) ** 2)
+      losses_[name] = losses_.get(name, 0) + total
+  for name, total in losses_.items():
+    np.testing.assert_allclose(total, GOLDEN[f"0/sampled/{name}/loss"], rtol=1e-4)
+  drawn = [GOLDEN[f"0/sampled/nash_md_pg_sample/{x}"].astype(int) for x in ("idx0", "idx1")]
+  for i, (y, y2) in enumerate(zip(*drawn, strict=True)):
+    rewards = games_[i][y, y2] - 0.01 * (log_softmax(theta[i]) - log_r[i])[y]  # 1/2 is not taken off there
+    scores = np.eye(10)[y] - np.exp(log_softmax(theta[i]))
+    grad = -np.mean(rewards[:, None] * scores, axis=0)
+    np.testing.assert_allclose(grad, GOLDEN["0/sampled/nash_md_pg_sample/grad_theta"][i], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,24 @@ def test_an_optimiser_is_shown_at_its_best_rate(tmp_path):
   arm = workdir(tmp_path, "optimisers.py", lines)["arms"]["egpo-sgd"]
   assert arm["best_rate"] == 0.001
   assert arm["median_gap"] == {"0": 1e-6}
+
+
+def test_the_pipeline_on_text_is_told_by_stage_and_by_pairs_of_methods(tmp_path, capsys):
+  wins = {"wins/prompts": 100}
+  for a, b, rate in (("sft", "egpo", 0.44), ("sft", "online_dpo", 0.49), ("egpo", "online_dpo", 0.53)):
+    wins |= {f"wins/rate/{a}/{b}": rate, f"wins/rate/{b}/{a}": 1 - rate}
+    wins |= {f"wins/error/{a}/{b}": 0.016, f"wins/error/{b}/{a}": 0.016}
+  for a in ("sft", "egpo", "online_dpo"):
+    wins |= {f"wins/rate/{a}/{a}": 0.5, f"wins/error/{a}/{a}": 0.0}
+  lines = [("sft", 0, t, {"loss": 5.0 / (1 + t)}) for t in (0, 80, 160)]
+  lines += [("judge", 0, t, {"loss": 0.7, "accuracy": 0.5 + t / 600}) for t in (0, 80, 160, 240)]
+  for i, arm in enumerate(("egpo", "online_dpo")):
+    lines += [(arm, 0, t, {"loss": 1.0, "win_rate": 0.5 + t * (2 - i) / 2000}) for t in (0, 30, 60)]
+  results = workdir(tmp_path, "text.py", [*lines, ("tournament", 0, 1, {"loss": 0.7, "accuracy": 0.9} | wins)])
+  assert results["arms"]["egpo"]["queries"] == 4 * 32 * 60
+  assert results["arms"]["online_dpo"]["queries"] == 32 * 60
+  assert results["arms"]["judge"]["accuracy"] == {"0": 0.9}
+  assert {"row": "egpo", "column": "sft", "seed": 0, "rate": 0.56, "error": 0.016} in results["tournament"]
+  told = capsys.readouterr().out
+  assert "56.0 ± 1.6 %" in told
+  assert "prefers the chosen one: 0.9000" in told

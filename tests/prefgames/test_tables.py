@@ -136,6 +136,9 @@ def test_a_run_in_float64_is_restored_to_the_bit(monkeypatch, tmp_path, capsys):
   [
     ("table.b=0", "table.b"),
     ("table.rates=", "table.rates"),
+    ("table.method=nash_md table.b=0.1 table.rates=11", "table.rates"),
+    ("strings.length=6", "strings.length"),
+    ("pair.differ=13", "pair.differ"),
     ("table.method=egpoo", "table.method"),
     ("table.rule=adam table.method=optimistic", "table.rule"),
     ("table.rule=sgd table.decay=true", "table.decay"),

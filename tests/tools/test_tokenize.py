@@ -177,4 +177,4 @@ def test_a_row_of_a_long_document_reads_two_records_of_it_at_most(tmp_path, run)
   rows = max((loaded.split(split) for split in ("train", "validation")), key=len)
   assert rows.positions == 1_000_001
   np.testing.assert_array_equal(rows[125_000]["targets"], list(line[:4]))
-  assert len(rows._readers) == 1
+  assert len(rows._records._readers) == 1

@@ -1,10 +1,10 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.cca.reports import digits, toy
+from experiments.cca.reports import digits, rewards, toy
 from research import paths
 from research.config import RunConfig
 
-REPORTS = {"toy": toy.report, "digits": digits.report}
+REPORTS = {"toy": toy.report, "digits": digits.report, "rewards": rewards.report}
 
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 _NAMES = {
   "cca": "CCA",
+  "cca_cfg": "CCA, guidance kept",
   "collisions": "CCA, colliding labels as positives",
   "dpo": "DPO",
   "nca": "NCA",

@@ -36,7 +36,7 @@ def get_config(arg=None):
   c.steps, c.batch, c.length, c.seeds = 100, 64, 10, (0, 1, 2)
   c.tx.warmup, c.eval_every, c.log_every = 0, 4, 20
   c.table.kinds = ("uniform", "transitive")
-  most = 5 if arg.tiny else 10**9
+  most = 5 if arg.tiny else 200 if arg.sweep else 10**9
   if arg.sampled:
     c.x64, c.eval_every, c.batch = False, 5, 10
     c.table.update(kinds=("uniform",), b=0.01, rates=(0.008,), updates=min(1000, most), samples=100)
@@ -60,7 +60,6 @@ def get_config(arg=None):
     )
   if arg.sweep:
     c.report, c.eval_every, c.skip_nonfinite = "sweep", 0, c.steps
-    most = min(most, 200)
   return config.shrink(c) if arg.tiny else c
 
 

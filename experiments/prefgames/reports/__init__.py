@@ -1,6 +1,17 @@
 """Figures and tables of a finished workdir; `--config.report` names one."""
 
-from experiments.prefgames.reports import contraction, gaps, optimisers, original, steps, sweep
+from experiments.prefgames.reports import (
+  contraction,
+  entanglement,
+  gaps,
+  goodhart,
+  optimisers,
+  original,
+  steps,
+  strings,
+  sweep,
+  text,
+)
 from research import paths
 from research.config import RunConfig
 
@@ -11,6 +22,10 @@ REPORTS = {
   "original": original.report,
   "optimisers": optimisers.report,
   "steps": steps.report,
+  "strings": strings.report,
+  "goodhart": goodhart.report,
+  "entanglement": entanglement.report,
+  "text": text.report,
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 import math
 
 from experiments.prefgames.tables import fields
@@ -12,6 +13,7 @@ from research.config import RunConfig
 _NAMES = {
   "online_ipo_uniform": "online IPO, uniform pairs (OMD)",
   "online_ipo_policy": "online IPO, own pairs",
+  "online_dpo": "online DPO",
   "nash_md": "Nash-MD",
   "nash_md_decay": "Nash-MD, 1/t steps",
   "nash_md_pg": "Nash-MD-PG",
@@ -28,6 +30,11 @@ _NAMES = {
   "xpo_strong": "XPO, bonus ten times as large",
   "xpo_flipped": "XPO, bonus's sign turned",
   "uniform": "DPO, both uniform",
+  "online": "online: own pairs, proxy's labels",
+  "online_golden": "online, golden labels",
+  "offline": "offline: recorded pairs and labels",
+  "offline_proxy": "offline, proxy's labels",
+  "shuffled": "offline on the online run's pairs",
 }
 KINDS = {"uniform": "random games", "transitive": "transitive games", "cycle": "cycles, tilted references"}
 FLOOR = 1e-14  # below it a gap is rounding
@@ -81,6 +88,21 @@ def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
 def legend_below(fig, ax, columns: int = 4) -> None:
   """One legend for all panels, under them: over the data there is no room."""
   fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def matrix(fig, ax, rates, names, errors=None) -> None:
+  """Who beats whom: rates [n, n] of rows against columns in per cent, and their errors below, where there are any."""
+  ax.grid(False)
+  most = max(abs(rates - 0.5).max(), 0.05)
+  image = ax.imshow(rates, cmap="RdBu", aspect="auto", vmin=0.5 - most, vmax=0.5 + most)
+  for i, j in itertools.product(range(len(names)), repeat=2):
+    told = f"{100 * rates[i, j]:.1f}" + ("" if errors is None else f"\n±{100 * errors[i, j]:.1f}")
+    dark = abs(rates[i, j] - 0.5) > 0.7 * most
+    ax.text(j, i, "" if i == j else told, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+  ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.spines[:].set_visible(False)
+  fig.colorbar(image, ax=ax, shrink=0.75)
 
 
 def spread(by_seed: Mapping[int, float]) -> str:

@@ -53,7 +53,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     mine = {arm: curve for arm, curve in best.items() if arm.partition("-")[0] == name}
     parts.draw(ax, mine, lambda arm: f"{_RULES[arm.partition('-')[2]]}, lr {results[arm]['best_rate']:g}")
     ax.set(yscale="log", xlabel="updates", title=method(name))
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
   np.atleast_1d(axes)[0].set_ylabel("duality gap, median over games")
   fig.suptitle(
     f"{KINDS[kind]}, b = {cfg.table.b:g}, each rule at its best learning rate; {parts.over_seeds(best)}", fontsize=10

@@ -47,6 +47,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     column[0].set(title=f"b = {at:g}" if lock else f"{at} rare response{'s' * (at > 1)}", ylim=(-0.03, 1.03))
     column[1].axhline(cfg.steps * cfg.bandit.updates, color="grey", linewidth=0.8, linestyle="--")
     column[1].set(yscale="log", xlabel="bits of the lock" if lock else "1 / b", ylim=(0.8, None))
+    column[1].set_xlim(column[0].get_xlim())
     for ax in column:
       ax.set_xticks(xs, [f"{x:.0f}" for x in xs])
   axes.reshape(2, -1)[0, 0].set_ylabel("share of runs that succeed")

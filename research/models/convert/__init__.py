@@ -82,13 +82,15 @@ def families() -> list[Family]:
   return [*theirs, llama.FAMILY, transnormer.FAMILY, llamagen.FAMILY, var.FAMILY, *tokenizers]
 
 
-def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None, member: str | None = None) -> Weights:
+def read(
+  directory: str | os.PathLike, settings: Mapping[str, Any] | None = None, member: str | None = None, like: Any = None
+) -> Weights:
   """Opens a directory of weights, or one file, and checks every key, shape and dtype; reads no tensor.
 
   settings: entries that stand for those of config.json, e.g. the names of a family's
   own tensors. member: where in a checkpoint of PyTorch's the tensors are, e.g. trainer.vae_local;
-  default: where the released ones have the model. Raises UserError for what is wrong, with a table
-  of what differs.
+  default: where the released ones have the model. like: a model, which may be abstract, that stands for
+  what neither tensors nor config.json say. Raises UserError for what is wrong, with a table of what differs.
   """
   directory = pathlib.Path(directory)
   fix = "no such directory; give one with config.json and model.safetensors, or a file"
@@ -102,7 +104,9 @@ def read(directory: str | os.PathLike, settings: Mapping[str, Any] | None = None
     family = next((f for f in families() if f.reads(config, stored.keys())), None)
     known = ", ".join(sorted(f.name for f in families()))
     check(family is not None, "model_type", config.get("model_type"), f"cannot be read; choose from {known}")
-    config = family.infer(stored) | config
+    inferred = {name: value for name, value in family.infer(stored).items() if value is not None}
+    assumed = family.describe(like.cfg) if like is not None and family.writes(like) else {}
+    config = assumed | inferred | config
     decided = family.settings(config)
     cfg = family.Config(**decided)
     expected, buffers = family.tensors(cfg, config), family.buffers(cfg)

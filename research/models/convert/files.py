@@ -43,8 +43,10 @@ class Stored:
 
 
 def is_weights(path: str | os.PathLike) -> bool:
-  """Whether `path` looks like a directory of weights, good or bad, and not like a workdir."""
+  """Whether `path` looks like weights, good or bad, and not like a workdir: a directory of them, or a file."""
   path = pathlib.Path(path)
+  if path.is_file():
+    return path.suffix in (".safetensors", *_PICKLES)
   if not path.is_dir():
     return False
   return any(f.name in ("config.json", INDEX) or f.suffix in (".safetensors", *_PICKLES) for f in path.iterdir())
