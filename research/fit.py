@@ -212,7 +212,7 @@ def abstract_reference(exp: Experiment, state: TrainState) -> Any:
 
 def frozen(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from: Callable[[Any], Any] | None) -> Any:
   """What `jit_step` takes beside a state and a batch: the reference, the companion, both, or None."""
-  reference = _start_model(exp, cfg, on_devices(abstract), init_from) if exp.reference else None
+  reference = start_model(exp, cfg, on_devices(abstract), init_from) if exp.reference else None
   return reference if exp.companion is None else (reference, jax.block_until_ready(exp.companion()))
 
 
@@ -332,7 +332,8 @@ def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[
   return start_state(exp, cfg, abstract, init_from), 0
 
 
-def _start_model(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> Any:
+def start_model(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from) -> Any:
+  """The model of `start_state`, without the rest."""
   return fresh_state(exp, abstract, cfg.seed).model if init_from is None else init_from(abstract.model)
 
 
@@ -342,7 +343,7 @@ def start_state(exp: Experiment, cfg: RunConfig, abstract: TrainState, init_from
     return fresh_state(exp, abstract, cfg.seed)
   # not two models at a time, nor the time to make the one that is not kept
   state = fresh_state(exp, dataclasses.replace(abstract, model=None), cfg.seed)
-  return dataclasses.replace(state, model=_start_model(exp, cfg, abstract, init_from))
+  return dataclasses.replace(state, model=start_model(exp, cfg, abstract, init_from))
 
 
 def _save(checkpoints, step, state, data, cfg, writer) -> None:

@@ -48,7 +48,7 @@ def selfcheck(
 ) -> None:
   """Makes every check of a single run, under its mesh; `say` hears of each. Raises UserError at the first mismatch."""
   abstract = fit.abstract_state(exp)
-  model = fit.start_state(exp, cfg, fit.on_devices(abstract), init_from).model
+  model = fit.start_model(exp, cfg, fit.on_devices(abstract), init_from)
   reference = fit.frozen(exp, cfg, abstract, init_from)
   batch = _rows(exp, model, reference)
   left_out = []
