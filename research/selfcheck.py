@@ -101,7 +101,8 @@ def _unsharded(build, cfg, model, batch, reference, ours) -> Check:
   alone = _with(cfg, "mesh.replica=1", "mesh.data=1", "mesh.model=1")
   specs = [x.sharding.spec for x in jax.tree.leaves((model, reference))]
   held, rows = _whole((model, reference)), _whole(fit.to_devices(batch))
-  with jax.set_mesh(meshes.make_mesh(alone.mesh, jax.local_devices()[:1])) as mesh:
+  mesh = meshes.make_mesh(alone.mesh, jax.local_devices()[:1])
+  with jax.set_mesh(mesh):
     put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(held, specs, strict=True)]
     model, reference = jax.tree.unflatten(jax.tree.structure((model, reference)), put)
     batch = jax.tree.unflatten(jax.tree.structure(batch), rows)

@@ -49,7 +49,7 @@ def test_a_whole_experiment_is_less_than_a_hundred_lines():
 
 
 def test_the_example_trains_and_draws_its_figure(copy):
-  (command,) = re.findall(r"^python (-m experiments.cautious .*)$", PAGE.read_text(), re.MULTILINE)
+  (command,) = re.findall(r"^python (-m experiments.cautious \S+:tiny .*)$", PAGE.read_text(), re.MULTILINE)
   command = [sys.executable, *command.split(), "--config.seeds=0"]
   done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(copy)})
   assert done.returncode == 0, done.stderr

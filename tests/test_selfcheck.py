@@ -63,8 +63,8 @@ def broken_cache(monkeypatch):
   ("breaks", "name"),
   [
     (broken_kernel, "kernel against its reference"),
-    (broken_packing, "packed against one document a row"),
-    (broken_cache, "decoding against the forward pass"),
+    pytest.param(broken_packing, "packed against one document a row", marks=pytest.mark.slow),
+    pytest.param(broken_cache, "decoding against the forward pass", marks=pytest.mark.slow),
   ],
 )
 def test_what_is_broken_is_refused_by_name(monkeypatch, breaks, name):
@@ -73,6 +73,7 @@ def test_what_is_broken_is_refused_by_name(monkeypatch, breaks, name):
     told(single())
 
 
+@pytest.mark.slow
 def test_a_loss_that_depends_on_the_mesh_is_refused(monkeypatch):
   right = transformer.Transformer.__call__
 

@@ -65,6 +65,7 @@ def swapped():
     return np.asarray(jax.jit(functools.partial(judge.log_odds, stop=STOP))(model(), batch, y2, y))
 
 
+@pytest.mark.slow
 def test_what_a_judge_reads_is_the_row_without_its_padding():
   batch = pairs()
   with small.use():

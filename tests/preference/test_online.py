@@ -80,6 +80,7 @@ def test_a_step_asks_as_much_as_it_says_and_moves_the_policy():
   assert 1 <= metrics["length"] <= TOKENS
 
 
+@pytest.mark.slow
 def test_padding_and_what_stands_in_it_change_nothing():
   settings = OnlineConfig("online_dpo", b=0.5, tokens=TOKENS)
   plain, _, _ = trained(settings)

@@ -144,12 +144,7 @@ def step(name, rows=8, seed=0, **options):
   return policy, means
 
 
-QUICK = "online_ipo_policy"  # the others take long to compile
-
-
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=() if n == QUICK else pytest.mark.slow) for n in methods.METHODS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in methods.METHODS])
 def test_an_update_is_the_same_on_one_device_and_on_four(name):
   options = {"alpha": 0.1} if name == "xpo" else {}
   with small.use():

@@ -75,6 +75,7 @@ def stepped(mesh, devices):
     return before, small.leaves(state.model), {name: float(x) for name, x in metrics.items()}
 
 
+@pytest.mark.slow
 def test_an_update_with_a_judge_is_the_same_on_one_device_and_on_four():
   before, whole, metrics = stepped(MeshConfig(1, 1, 1, "fsdp_tp"), 1)
   _, cut, cut_metrics = stepped(MeshConfig(1, 2, 2, "fsdp_tp"), 4)
