@@ -3,7 +3,7 @@
 Everything is trained by this one command, stage after stage: a tokenizer with a grid of 4 x 4 codes, two classifiers
 (one measures samples, the other judges their classes), LlamaGen with labels dropped, and from it one epoch
 each of CCA over lambda and beta, of CCA that keeps guidance, DPO, unlearning, NCA, GFT and DDO.
-Cost: about 12 minutes on 2 CPU cores.
+Cost: about 14 minutes of processor time, on 2 CPU cores.
 
   python -m experiments.cca --config=experiments/cca/configs/digits.py
 """
