@@ -62,6 +62,11 @@ class Setting:
   def mean(self, measure: str) -> float:
     return float(np.mean(list(self.values[measure].values())))
 
+  def deviation(self, measure: str) -> float:
+    """That of the tables: over seeds, n - 1 in the denominator."""
+    values = list(self.values[measure].values())
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:
   """Figures and tables of what has been trained so far; with a tokenizer only, what it does to images."""
@@ -179,7 +184,7 @@ def tradeoff(found: list[Setting], reals: dict[str, Any], cfg: RunConfig) -> Any
   for ax, across in zip(axes, ("class_score", "judge_accuracy"), strict=True):
     for i, (name, of) in enumerate(curves + points):
       x, y = ([s.mean(m) for s in of] for m in (across, "frechet"))
-      bars = [[np.std(list(s.values[m].values())) for s in of] for m in (across, "frechet")]
+      bars = [[s.deviation(m) for s in of] for m in (across, "frechet")]
       mark = parts.style(i) | {"markersize": 5}
       if len(of) == 1:  # hollow, so that no mark is there twice
         mark |= {"linestyle": "none", "markerfacecolor": "white", "markersize": 7}
