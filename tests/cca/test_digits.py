@@ -81,6 +81,7 @@ def test_a_tuned_arm_starts_at_its_loss_without_a_difference_and_moves_its_rewar
   assert records[-1]["drift"] > records[0]["drift"]
 
 
+@pytest.mark.slow
 def test_a_command_goes_on_in_the_middle_of_a_stage_bit_for_bit_and_leaves_the_others(whole, tmp_path):
   shutil.copytree(whole, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "cca-1-0_1-0" / "6")

@@ -93,6 +93,7 @@ def rounding(value, gradient):
   return f
 
 
+@pytest.mark.slow
 def test_in_bf16_the_kernel_is_as_good_as_a_chain_that_rounds_nothing_else():
   """Than one in float64 that rounds what attention takes, forwards and backwards, and the results."""
   args, cotangents = operands(1, 200, 2, 64, phased=True, dtype=jnp.bfloat16)
