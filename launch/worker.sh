@@ -55,10 +55,15 @@ stop() { # two minutes to save in; what hangs is killed
 }
 
 watch() { # from byte $1 of the log
-  tail -c "+$1" -s 0.5 -F --pid="$(cat "$here/pid")" "$here/log" 2>/dev/null | sed -u "s/^/[$(hostname)] /"
+  local pid status
+  pid=$(cat "$here/pid")
+  tail -c "+$1" -s 0.5 -F --pid="$pid" "$here/log" 2>/dev/null | sed -u "s/^/[$(hostname)] /"
   while running; do sleep 0.5; done
   [ -e "$here/stopped" ] && finish 130
-  finish "$(cat "$here/status" 2>/dev/null || echo 137)" # no status: killed together with its shell
+  status=$(cat "$here/status" 2>/dev/null) && finish "$status"
+  # no status: another try is about to take the place (it removes the pid first), or killed together with its shell
+  [ "$(cat "$here/pid" 2>/dev/null)" = "$pid" ] || finish 75
+  finish 137
 }
 
 if [ "$verb" = stop ]; then
@@ -88,7 +93,7 @@ if [ "$(cat "$here/try" 2>/dev/null)" != "$try" ]; then
     finish 2
   fi
   if ! running; then
-    rm -f "$here/status" "$here/pid" "$here/stopped"
+    rm -f "$here/pid" "$here/status" "$here/stopped"
     echo "$*" >"$here/command"
     # shellcheck disable=SC2016
     setsid bash -c '
