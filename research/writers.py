@@ -16,6 +16,8 @@ from tqdm import tqdm
 from research import paths
 from research.errors import check
 
+SHOWN = 12  # metrics of an evaluation on the terminal; all of them are in the file
+
 
 class Writer:
   """Writes the metrics of one run (an arm and a seed) into its workdir.
@@ -98,8 +100,10 @@ class Writer:
 
   def _show(self, kind: str, step: int, metrics: dict[str, float]) -> None:
     if kind == "eval":
-      said = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-      line = f"{self._name()}  step {step}/{self.steps}  validation: {said}"
+      said = [f"{k} {v:.4f}" for k, v in metrics.items()]
+      if len(said) > SHOWN:
+        said[SHOWN:] = [f"and {len(said) - SHOWN} more in {self.path.name}"]
+      line = f"{self._name()}  step {step}/{self.steps}  validation: {'  '.join(said)}"
       self.bar.write(line, file=sys.stderr) if self.bar is not None else print(line, file=sys.stderr, flush=True)
       return
     rate = metrics["tokens_per_second"]
