@@ -86,7 +86,8 @@ def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
 
 
 def legend_below(fig, ax, columns: int = 4) -> None:
-  """One legend for all panels, under them: over the data there is no room."""
+  """One legend for all panels, under them: over the data there is no room. Fewer columns where the figure is narrow."""
+  columns = min(columns, int(fig.get_figwidth() / 2.5))
   fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

@@ -46,7 +46,9 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     line[0].set_ylabel("duality gap, median over games")
   legend_below(fig, axes[0, 0])
   each = cfg.batch // len(kinds)
-  fig.suptitle(f"{each} games a seed, {parts.over_seeds(gaps[kinds[0]])}; dashed: above it a game has failed")
+  fig.suptitle(
+    f"{each} games a seed, {parts.over_seeds(gaps[kinds[0]])};{' ' if len(bs) > 1 else chr(10)}dashed: above it a game has failed"
+  )
   header = ["method", "b", "updates"]
   header += [f"{KINDS[kind]}: {what}" for kind in kinds for what in ("median gap", "failed (± SD)")]
   finish(workdir, fig, "gaps.png", parts.table(header, rows))
