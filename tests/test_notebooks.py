@@ -100,8 +100,9 @@ def test_a_notebook_alone_clones_and_installs_and_trains(tmp_path):
   notebook.cells.append(nbformat.v4.new_code_cell("import research\n\nprint(research.__file__)"))
   nbformat.write(notebook, tmp_path / "alone/kvshift.ipynb")
   env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-  env |= {"WORKDIR": str(tmp_path / "run"), "JAX_NUM_CPU_DEVICES": "1", "JUPYTER_PATH": "", "IPYTHONDIR": str(tmp_path)}
-  command = [python, "-m", "jupyter", "execute", "--output=executed", "kvshift.ipynb"]
+  env |= {"WORKDIR": str(tmp_path / "run"), "JAX_NUM_CPU_DEVICES": "1"}
+  execute = "from nbclient.cli import main; main()"
+  command = [python, "-c", execute, "--output=executed", "kvshift.ipynb"]
   done = subprocess.run(command, cwd=tmp_path / "alone", env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   cells = code(tmp_path / "alone/executed.ipynb")
