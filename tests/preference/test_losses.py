@@ -365,6 +365,32 @@ def test_distillation_ends_at_its_teacher_and_imitation_at_its_text():
   assert distillation.best_of(wins).tolist() == [0]
 
 
+@pytest.mark.parametrize("name", ["aligndistil", "superhf"])
+def test_losses_on_logits_are_of_rows_alone_read_no_padding_and_teach_the_student_only(name):
+  rng = np.random.default_rng(0)
+  z, other, another = rng.normal(size=(3, 4, 3, 5))
+  mask = np.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])  # an empty response among them
+  if name == "aligndistil":
+    f = lambda z, other, m: distillation.aligndistil(z, other, another[: len(m)], m, b=0.1, scale=10.0)
+  else:
+    f = lambda z, other, m: distillation.superhf(z, other, np.ones(m.shape, int), m, b=0.3)
+  of = jax.jit(jax.value_and_grad(lambda z, other, m: jnp.sum(f(z, other, m)), argnums=(0, 1)))
+  value, (grad, none) = of(z, other, mask)
+  assert np.isfinite(value)
+  assert np.abs(grad[0]).min() > 0
+  np.testing.assert_array_equal(none, 0)
+  np.testing.assert_array_equal(np.asarray(grad)[mask == 0], 0)
+  spoilt = np.where(mask[..., None] > 0, z, np.nan), np.where(mask[..., None] > 0, other, np.nan)
+  again, (grad_again, _) = of(*spoilt, mask)
+  np.testing.assert_allclose(again, value, atol=1e-12)
+  np.testing.assert_allclose(grad_again, grad, atol=1e-12)
+  rows = f(z, other, mask)
+  np.testing.assert_allclose(
+    np.concatenate([rows[:3], f(z[:3], other[:3], mask[:3])]), np.tile(rows[:3], 2), atol=1e-12
+  )
+  assert float(rows[2]) == 0
+
+
 def test_apos_momentum_extrapolates_and_gives_no_gradient():
   logp, previous = np.array([[-1.0, -2.0]]), np.array([[-1.5, -1.0]])
   np.testing.assert_allclose(losses.extrapolated(logp, previous, 0.5), [[-0.75, -2.5]])
