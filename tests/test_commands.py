@@ -104,7 +104,7 @@ def test_what_is_executed_elsewhere_is():
 
 # What takes long, or needs processes of its own.
 SLOW = re.compile(
-  r"--process=|JAX_NUM_CPU_DEVICES|pytest|PYTHONPATH|--tokenizer=bpe|data\.tokenizer=bpe|codes\.source|\.cca|prefgames"
+  r"--process=|--selfcheck|JAX_NUM_CPU_DEVICES|pytest|PYTHONPATH|--tokenizer=bpe|data\.tokenizer=bpe|codes\.source|\.cca|prefgames"
   r"|transnormer|tools\.codes|tools\.sample|tools\.frechet|runs/kvshift-weights"
 )
 FLOWS = {page: [c for c in COMMANDS if c.page == page and not c.inline and rule(c) is works_here] for page in PAGES}
