@@ -22,7 +22,7 @@ import warnings
 import pytest
 
 from research import run
-from tests.downloads import DOWNLOADS
+from tests.downloads import DOWNLOADS, END
 
 ROOT = pathlib.Path(__file__).parents[1]
 _PAGES = ("*.md", "docs/*.md", "experiments/*/*.md", "launch/*.md", "benchmarks/*.md", "research/**/*.md")
@@ -90,6 +90,9 @@ def _commands(block: str) -> Iterator[tuple[int, str]]:
 _HERE = re.compile(r"(\.venv/bin/)?python -m (experiments|research)\.")
 _RUN = re.compile(r"python -m experiments\.(\w+) --config=(\S+\.py)(?::(\S+))?")
 
+# what the small weights and tokenizers need beside, by config
+_MORE = {"imagenet.py": ["--config.only=cca"], "text.py": [f"--config.data.stop={END}"]}
+
 
 class Checkout:
   """A copy of the tree as it is, in which commands of pages are executed, with `.venv/bin/python` and `python`."""
@@ -116,8 +119,8 @@ class Checkout:
   def small(self, text: str) -> str:
     """The command as it is executed: all that differs from what the page says.
 
-    - A run is `:tiny` and of the first seed, in the workdir that it has without `:tiny`. ImageNet's `:tiny` has a
-      second arm, for use without weights: the one that tunes them is run.
+    - A run is `:tiny` and of the first seed, in the workdir that it has without `:tiny`. ImageNet's `:tiny` has another
+      arm, for use without weights: the one that tunes them is run. `data.stop` is that of the small tokenizer.
     - /tmp is a directory of the test, and a port that is named a free one.
     - Pictures are of 8 pixels, the size of the small tokenizer, and eight samples are drawn.
     - `RUN` is the run of the command before, `...` a config. A test suite is collected: the tests are in it.
@@ -132,7 +135,7 @@ class Checkout:
     if not (found := _RUN.search(text)):
       return text
     experiment, path, arg = found.groups()
-    more = ["--config.seeds=0", *(["--config.only=cca"] if path.endswith("imagenet.py") else [])]
+    more = ["--config.seeds=0", *_MORE.get(pathlib.Path(path).name, ())]
     if "--workdir=" not in text:
       more.append(f"--workdir={run.default_workdir(experiment, f'{path}:{arg}' if arg else path)}")
     tiny = arg if arg and "tiny" in arg.split(",") else f"{arg},tiny" if arg else "tiny"

@@ -21,6 +21,7 @@ from tests.models.images import GOLDENS
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = 10  # of the small models
+END = 299  # the id that ends a document, the last of the small tokenizer
 
 
 def tokenizer_of_llamagen(folder: pathlib.Path) -> None:
@@ -61,7 +62,7 @@ def preferences(folder: pathlib.Path) -> None:
   with small.use():
     model = Transformer(jax.random.key(0), cfg.model, "replicated")
     convert.export(model, folder / "DIR")
-  learnt = tokenizer.bpe(text.corpus([(str(i), pair["chosen"].encode()) for i, pair in enumerate(pairs)]), 300)
+  learnt = tokenizer.bpe(text.corpus([(str(i), pair["chosen"].encode()) for i, pair in enumerate(pairs)]), END + 1)
   of_library = tokenizers.Tokenizer.from_str(learnt.model)
   of_library.add_special_tokens(["<|endoftext|>"])
   of_library.save(str(folder / "DIR" / "tokenizer.json"))
