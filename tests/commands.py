@@ -86,7 +86,7 @@ def _commands(block: str) -> Iterator[tuple[int, str]]:
       yield n, line
 
 
-# A command of ours that needs no process of its own: it spares the import of jax, and compiles twice at most.
+# Commands that need no process of their own, which spares the import of jax.
 _HERE = re.compile(r"(\.venv/bin/)?python -m (experiments|research)\.")
 _RUN = re.compile(r"python -m experiments\.(\w+) --config=(\S+\.py)(?::(\S+))?")
 
@@ -101,7 +101,7 @@ class Checkout:
     self.folder, self.trained = folder, trained
     self.made: set = set()  # of the downloads
     for name in _git("ls-files", "-co", "--exclude-standard").splitlines():
-      if (ROOT / name).is_file() and "/goldens/" not in name and not name.endswith((".png", ".ipynb")):
+      if (ROOT / name).is_file() and not name.endswith(".png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     programs = folder / ".venv" / "bin"
@@ -123,10 +123,10 @@ class Checkout:
       arm, for use without weights: the one that tunes them is run. `data.stop` is that of the small tokenizer.
     - /tmp is a directory of the test, and a port that is named a free one.
     - Pictures are of 8 pixels, the size of the small tokenizer, and eight samples are drawn.
-    - `RUN` is the run of the command before, `...` a config. A test suite is collected: the tests are in it.
+    - `RUN` is the run of the command before, `...` a config. Test suites are collected, of GPUs too: this is in one.
     """
     names = {"/tmp/": f"{self.folder}/tmp/", "127.0.0.1:8476": f"127.0.0.1:{self.port}"}
-    names |= {"--size=384": "--size=8", "--samples=50000": "--samples=8"}
+    names |= {"JAX_PLATFORMS=cuda": "JAX_PLATFORMS=cpu", "--size=384": "--size=8", "--samples=50000": "--samples=8"}
     names |= {"=RUN": "=runs/cca/imagenet-llamagen_l", "=...": "=experiments/kvshift/configs/main.py"}
     for name, value in names.items():
       text = text.replace(name, value)
@@ -152,17 +152,17 @@ class Checkout:
       self._train(experiment, name, texts[0])
     if len(texts) == 1 and _HERE.match(texts[0]):
       self._here(*shlex.split(texts[0])[2:])
-      return
+    else:
+      self._processes(texts)
+
+  def _processes(self, texts: list[str]) -> None:
     logs = [self.folder / "tmp" / f"{i}.log" for i in range(len(texts))]
+    how = {"env": os.environ | self.env, "cwd": self.folder, "stderr": subprocess.STDOUT}
     processes = []
-    for text, log in zip(texts, logs, strict=True):
-      with log.open("w") as out:
-        processes.append(
-          subprocess.Popen(
-            ["bash", "-euc", text], env=os.environ | self.env, cwd=self.folder, stdout=out, stderr=subprocess.STDOUT
-          )
-        )
     try:
+      for text, log in zip(texts, logs, strict=True):
+        with log.open("w") as out:
+          processes.append(subprocess.Popen(["bash", "-euc", text], stdout=out, **how))
       for process, text, log in zip(processes, texts, logs, strict=True):
         assert process.wait(1200) == 0, f"{text}\n{log.read_text()[-4000:]}"
     finally:
