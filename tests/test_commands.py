@@ -117,10 +117,6 @@ NEEDS = {"benchmarks.train_step": ("torch",), "benchmarks.lightning_crossover": 
 ALONE = sorted({c.text for c in COMMANDS if c.inline and rule(c) is works_here})
 
 
-def but_slow(texts, quick):
-  return [pytest.param(text, marks=[] if quick(text) else pytest.mark.slow) for text in texts]
-
-
 def test_every_page_has_a_command_that_is_executed_each_time():
   for page in {command.page for command in COMMANDS}:
     assert QUICK[page] or any(
@@ -159,13 +155,16 @@ def test_the_commands_of_a_page_work_with_those_that_take_long(page, checkout):
   follow(FLOWS[page], checkout)
 
 
-@pytest.mark.parametrize("text", but_slow(ALONE, quick=lambda text: "tools.params" in text))
+@pytest.mark.parametrize(
+  "text", [pytest.param(text, marks=[pytest.mark.slow] * ("tools.params" not in text)) for text in ALONE]
+)
 def test_a_command_of_a_sentence_or_a_table_works(text, trained):
   trained.execute(text)
 
 
+@pytest.mark.slow
 @with_libtpu
-@pytest.mark.parametrize("text", but_slow(ASKED, quick=lambda text: "--case=lm_1.5b" in text))
+@pytest.mark.parametrize("text", ASKED)
 def test_a_compiler_is_asked(text, checkout):
   checkout.execute(text)
 
