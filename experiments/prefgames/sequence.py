@@ -79,7 +79,7 @@ def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
     }
 
   parts = online.parts(
-    settings, optim.make(cfg.tx, cfg.steps * settings.updates), lambda companion: oracle(vocab), batch
+    settings, optim.make(cfg.tx, cfg.steps * settings.updates), lambda companion: oracle(vocab), batch, data
   )
   model_flops = flops_per_token(cfg.model, PROMPT + cfg.length)
   return Experiment(

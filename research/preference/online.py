@@ -21,16 +21,16 @@ import optax
 
 from research.config import RunConfig
 from research.errors import check
-from research.fit import Experiment, TrainState, accumulated, unless_nonfinite
+from research.fit import Experiment, TrainState, accumulated, to_devices, unless_nonfinite
 from research.generation import Sampling
 from research.kernels.dispatch import place
 from research.mesh import BATCH
 from research.metrics import Mean
 from research.models.decoder import Decoder
-from research.preference import methods, updates
+from research.preference import methods, oracles, updates
 from research.preference.methods import METHODS, Method
 from research.preference.oracles import Oracle
-from research.preference.samplers import GeometricMixture, Policy, Uniform
+from research.preference.samplers import GeometricMixture, Policy, Uniform, draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,15 @@ def parts(
   tx: optax.GradientTransformation,
   oracle: Callable[[Any], Oracle],
   batch: Callable[[], Mapping[str, jax.ShapeDtypeStruct]],
+  data: Callable[[str], Any],
   stop: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-  """The fields `loss`, `tx`, `train_step` and `reference` of an `Experiment` that trains by `online`.
+  """The fields `loss`, `tx`, `train_step`, `reference` and `check_start` of an `Experiment` that trains by `online`.
 
   tx: counts updates, `online.updates` of which make a step of the loop. oracle: the experiment's `companion` (None
   if it has none) -> the oracle, which sees a batch as its prompts and `samplers.Responses` as y. batch: the
-  experiment's. The loss is the row's on responses of the model itself, as before an update.
+  experiment's, and data too. The loss is the row's on responses of the model itself, as before an update. A run whose
+  oracle breaks its contract does not start.
   """
   tx = updates.remembering(tx) if METHODS[online.method].update == "optimistic" else tx
 
@@ -118,11 +120,19 @@ def parts(
     )
     return _loss(online, model, reference, made)
 
+  def check_start(model, reference):
+    companion = reference[1] if isinstance(reference, tuple) else None
+    rows = to_devices(next(iter(data("train"))))
+    write = jax.jit(functools.partial(draw, Uniform(), model, model, tokens=online.tokens, stop=stop))
+    y, y2 = (write(rows["prompts"], rows["lengths"], key) for key in jax.random.split(jax.random.key(0)))
+    oracles.checked(oracle(companion), rows, y, y2)
+
   return {
     "loss": loss,
     "tx": optax.GradientTransformation(init, tx.update),
     "train_step": functools.partial(train_step, online, tx, oracle, stop),
     "reference": True,
+    "check_start": check_start,
   }
 
 

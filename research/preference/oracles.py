@@ -10,10 +10,12 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+from jax import P
 from jax import numpy as jnp
 import numpy as np
 
 from research.errors import check
+from research.kernels.dispatch import place
 from research.preference import matrices
 
 
@@ -143,7 +145,7 @@ def pairwise(oracle: Oracle, prompt: Any, responses: Any, k: int) -> jax.Array:
 
 def checked(oracle: Oracle, prompt: Any, y: Any, y2: Any, tolerance: float = 1e-5) -> None:
   """Asks the oracle in both orders, and of y itself. Raises UserError naming the first row that breaks the contract."""
-  ask = jax.jit(lambda y, y2: oracle.prob(prompt, y, y2))
+  ask = jax.jit(lambda y, y2: place(oracle.prob(prompt, y, y2), P()))  # whole, on every process
   there, back, same = (np.asarray(p, np.float64) for p in (ask(y, y2), ask(y2, y), ask(y, y)))
   _rows(~((there >= 0) & (there <= 1)), there, "must be a probability, in [0, 1]")
   _rows(~(np.abs(there + back - 1) <= tolerance), there, "and the other order must sum to 1")

@@ -43,9 +43,10 @@ def experiment(
   settings: OnlineConfig, oracle=lambda companion: LIKES_ONES, partition="replicated", companion=None
 ) -> Experiment:
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in prompts().items()}
-  parts = online.parts(settings, optax.sgd(0.05), oracle, lambda: shapes, stop=(STOP,))
+  data = lambda split: iter([prompts()])
+  parts = online.parts(settings, optax.sgd(0.05), oracle, lambda: shapes, data, stop=(STOP,))
   make = functools.partial(init, partition=partition)
-  return Experiment(init=make, data=None, batch=lambda: shapes, companion=companion, **parts)
+  return Experiment(init=make, data=data, batch=lambda: shapes, companion=companion, **parts)
 
 
 def trained(settings, steps=1, mesh=None, devices=1, batch=None, accumulate=1, companion=None, **fields):
@@ -163,6 +164,26 @@ def test_an_update_of_cut_parameters_is_that_of_whole_ones(name, mesh):
   cut, _, cut_metrics = trained(settings, steps=2, mesh=mesh, devices=4)
   same(cut, whole, atol=2e-5)
   assert cut_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+class Biased:
+  """Likes what it sees first."""
+
+  def prob(self, prompt, y, y2):
+    return LIKES_ONES.prob(prompt, y, y2) * 0.8 + 0.2
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=2, partition="fsdp_tp")], ids=["one", "four"])
+def test_a_run_whose_oracle_breaks_its_contract_does_not_start(mesh):
+  def start(oracle):
+    exp = experiment(OnlineConfig(tokens=3), lambda companion: oracle, mesh.partition if mesh else "replicated")
+    with small.use(mesh, 4 if mesh else 1):
+      model = fresh_state(exp, abstract_state(exp), 0).model
+      exp.check_start(model, model)
+
+  start(LIKES_ONES)
+  with pytest.raises(UserError, match=r"oracle\[0\]=.* the other order must sum to 1"):
+    start(Biased())
 
 
 def test_rows_of_the_table_take_the_configs_samplers():
