@@ -18,15 +18,20 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
-from research.preference import games
+from research.errors import check
+from research.preference import games, matrices
 from research.preference.comparisons import Comparisons, empty, expected, observed, xpo_objective
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["preferences", "log_reference", "b"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Game:
-  """preferences [n, n], P + P^T = 1; log_reference [n], normalised; b, weight of the KL terms, a scalar."""
+  """preferences [n, n], P + P^T = 1; log_reference [n], normalised; b, weight of the KL terms, a scalar.
+
+  Nothing is checked, as all three may be traced; `game` checks.
+  """
 
   preferences: jax.Array
   log_reference: jax.Array
@@ -44,6 +49,17 @@ class Game:
   def original_gap(self, theta: jax.Array) -> jax.Array:
     """The duality gap G_0 of softmax(theta) in the game without KL terms."""
     return games.original_gap(self.win_rates(theta))
+
+
+def game(preferences: np.ndarray, reference: np.ndarray, b: float) -> Game:
+  """The game of a matrix [n, n] and a reference's probabilities [n].
+
+  Raises UserError naming the entry that is no probability, breaks P + P^T = 1 or leaves a response without mass.
+  """
+  p, log_r = matrices.checked(preferences), matrices.checked_policy(reference)
+  check(p.shape == (*log_r.shape, *log_r.shape), "reference", f"shape {log_r.shape}", f"preferences are {p.shape}")
+  check(b >= 0, "b", b, "must not be negative")
+  return Game(jnp.asarray(p), jnp.asarray(log_r), b)
 
 
 @dataclasses.dataclass(frozen=True)

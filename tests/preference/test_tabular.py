@@ -9,6 +9,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.preference import comparisons, games, matrices, tabular
 from research.preference.tabular import METHODS, Game, Sampled, run, start
 
@@ -360,3 +361,24 @@ def test_of_a_finite_class_xpo_tries_the_arm_nobody_has_seen_and_with_the_sign_t
   np.testing.assert_allclose(of(0.0), 20 * np.log(2), rtol=1e-12)  # DPO cannot tell them apart
   assert np.argmin(of(1e-3)) == 1
   assert np.argmin(of(-1e-3)) == 2
+
+
+@pytest.mark.parametrize(
+  ("preferences", "reference", "b", "said"),
+  [
+    ([[0.5, 0.7], [0.4, 0.5]], [0.5, 0.5], 0.1, r"preferences\[0, 1\]=0.7"),
+    ([[0.5, 1.2], [-0.2, 0.5]], [0.5, 0.5], 0.1, r"preferences\[0, 1\]=1.2"),
+    ([[0.5, 0.7], [0.3, 0.5]], [1.0, 0.0], 0.1, r"reference\[1\]=0"),
+    ([[0.5, 0.7], [0.3, 0.5]], [0.2, 0.3, 0.5], 0.1, r"reference=shape \(3,\)"),
+    ([[0.5, 0.7], [0.3, 0.5]], [0.5, 0.5], -0.1, "b=-0.1"),
+  ],
+)
+def test_a_game_that_is_none_is_refused_by_its_entry(preferences, reference, b, said):
+  with pytest.raises(UserError, match=said):
+    tabular.game(np.array(preferences), np.array(reference), b)
+
+
+def test_a_game_of_numbers_is_the_game():
+  made = tabular.game(np.array([[0.5, 0.7], [0.3, 0.5]]), np.array([0.25, 0.75]), 0.1)
+  np.testing.assert_allclose(made.log_reference, np.log([0.25, 0.75]))
+  assert made.preferences[0, 1] == 0.7

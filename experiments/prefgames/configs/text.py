@@ -3,13 +3,13 @@
 Without an argument a model of 0.3M parameters on the embedded dataset, whose preferences go in circles
 (`research/data/styles.py`). `:1b5` and `:2b` have EGPO's published hyperparameters (arXiv 2503.08942 and its public
 code): b = 0.1, AdamW at 5e-7 after 1000 steps of warm-up, weight decay 0.01, clipping at 1, batches of 64, log-probs
-divided by length for squared losses, a mixture of 0.125, the judge at 1e-5 with weight decay 0.1; XPO's bonus is 1e-5.
-Not as published: no LoRA (rank 256 there) but all parameters; the judge starts from the sft model, not from Gemma-2-2B;
+divided by length for squared losses, a mixture of 0.125, the judge at 1e-5 with weight decay 0.1. XPO's bonus is 1e-5
+and SPPO's 1 / eta 1e-3, as in their papers. Not as published: no LoRA (rank 256 there) but all parameters; the judge starts from the sft model, not from Gemma-2-2B;
 the sft's learning rate and all numbers of steps (the code counts epochs of prompts) are ours, as is XPO's memory.
 `:1b5` has the shape of Qwen2.5-1.5B and `:2b` that of Gemma-2-2B; the zoo has neither the former's biases of queries,
 keys and values nor the latter's soft caps, windows, second norms and GELU, so these are Llamas of those sizes: their
 weights cannot be read, a Llama's can. Set `model` to fit `init_from`; a table says what differs.
-Cost: about half an hour on 2 busy CPU cores for three seeds; `:1b5` and `:2b` a pod, days.
+Cost: about 10 minutes on 2 CPU cores for three seeds; `:1b5` and `:2b` a pod, days.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/text.py
   python -m experiments.prefgames --config=experiments/prefgames/configs/text.py:1b5 --config.init_from=DIR \
@@ -55,7 +55,8 @@ def small(c):
   c.tx.update(lr=1e-4, warmup=10)  # at 3e-4 the policies end 8 nats from the sft model, and win no more often
   c.steps, c.eval_every, c.log_every, c.seeds = 60, 20, 20, (0, 1, 2)
   c.text.update(prompts=100, responses=4)
-  c.arms = arms(("steps=160", "tx.lr=2e-3", "eval_every=80"), ("steps=240", "tx.lr=1e-3", "eval_every=80"), 20, 20)
+  sft, judge = ("steps=160", "tx.lr=2e-3", "eval_every=80"), ("steps=240", "tx.lr=1e-3", "eval_every=80")
+  c.arms = arms(sft, judge, 20, ("text.online.refresh=20",))
 
 
 def large(c, layers, width, heads, kv_heads, head_dim, mlp_width, vocab, rope_base, stop, model):
@@ -71,11 +72,12 @@ def large(c, layers, width, heads, kv_heads, head_dim, mlp_width, vocab, rope_ba
   c.steps, c.eval_every, c.log_every = 10_000, 1000, 10
   c.checkpoint.update(every=1000, keep_last=2)
   sft = ("steps=3000", "tx.lr=1e-5", "tx.warmup=100")
-  c.arms = arms(sft, ("steps=9000", "tx.lr=1e-5", "tx.warmup=100", "tx.weight_decay=0.1"), 256, 3300)
+  judge = ("steps=9000", "tx.lr=1e-5", "tx.warmup=100", "tx.weight_decay=0.1")
+  c.arms = arms(sft, judge, 256, ("text.online.refresh=3300", "text.online.b=1e-3"))
 
 
-def arms(sft, judge, memory, refresh):
-  more = {"xpo": (f"text.online.memory={memory}",), "sppo": (f"text.online.refresh={refresh}",)}
+def arms(sft, judge, memory, sppo):
+  more = {"xpo": (f"text.online.memory={memory}",), "sppo": sppo}
   more |= dict.fromkeys(SQUARED, ("text.online.reduce=mean",))
   start = ("text.stage=online", "init_from=arm:sft")
   players = ",".join(("sft", *SQUARED, *OTHERS))
