@@ -4,8 +4,9 @@ Without an argument a model of 0.3M parameters on the embedded dataset, whose pr
 (`research/data/styles.py`). `:1b5` and `:2b` have EGPO's published hyperparameters (arXiv 2503.08942 and its public
 code): b = 0.1, AdamW at 5e-7 after 1000 steps of warm-up, weight decay 0.01, clipping at 1, batches of 64, log-probs
 divided by length for squared losses, a mixture of 0.125, the judge at 1e-5 with weight decay 0.1. XPO's bonus is 1e-5
-and SPPO's 1 / eta 1e-3, as in their papers. Not as published: no LoRA (rank 256 there) but all parameters; the judge starts from the sft model, not from Gemma-2-2B;
-the sft's learning rate and all numbers of steps (the code counts epochs of prompts) are ours, as is XPO's memory.
+and SPPO's 1 / eta 1e-3, as in their papers. Not as published: no LoRA (rank 256 there) but all parameters; the judge
+starts from the sft model, not from Gemma-2-2B; the sft's learning rate and all numbers of steps (the code counts epochs
+of prompts) are ours, as is XPO's memory.
 `:1b5` has the shape of Qwen2.5-1.5B and `:2b` that of Gemma-2-2B; the zoo has neither the former's biases of queries,
 keys and values nor the latter's soft caps, windows, second norms and GELU, so these are Llamas of those sizes: their
 weights cannot be read, a Llama's can. Set `model` to fit `init_from`; a table says what differs.
