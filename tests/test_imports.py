@@ -54,9 +54,16 @@ def test_layers_import_kernels_and_no_model():
   assert astray(of("research", "nn"), "research.kernels", "research.nn", *BELOW_KERNELS) == {}
 
 
-def test_models_know_no_loop_no_data_and_no_tool():
-  above = ("research.fit", "research.run", "research.data", "research.tools", "research.evals")
-  assert [str(p) for p in of("research", "models") if any(starts(name, *above) for name in imported(p))] == []
+# what runs, keeps, writes and tells of what a model computes
+ABOVE_MODELS = ("research.fit", "research.run", "research.runs", "research.config", "research.checkpoint")
+ABOVE_MODELS += ("research.writers", "research.report", "research.comparison", "research.tools", "research.evals")
+
+
+def test_models_know_no_loop_no_data_no_report_and_no_tool():
+  files = of("research", "models")
+  assert {
+    str(p): f for p in files if (f := {n for n in imported(p) if starts(n, *ABOVE_MODELS, "research.data")})
+  } == {}
 
 
 def test_a_paper_imports_no_other_paper_and_no_launcher():

@@ -18,8 +18,8 @@ import numpy as np
 
 from research import config, run, runs
 from research.errors import UserError, check
+from research.markdown import table
 from research.models import llamagen, var
-from research.report import table
 
 FOLDER = pathlib.Path(__file__).parent / "protocols"
 UNKNOWN = "unknown"

@@ -6,7 +6,7 @@ import jax
 
 from research import config, run
 from research import mesh as meshes
-from research.report import table
+from research.markdown import table
 
 
 def main() -> None:

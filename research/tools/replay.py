@@ -19,7 +19,7 @@ from research import cpu, data, fit, paths, run, runs, writers
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
 from research.errors import check
-from research.report import table
+from research.markdown import table
 
 TEXT = 400  # characters shown of a document
 

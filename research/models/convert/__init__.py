@@ -17,10 +17,10 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import UserError, check
+from research.markdown import table
 from research.models.convert import image_tokenizers, llama, llamagen, transnormer, var
 from research.models.convert.family import Family, Tensor
 from research.models.convert.files import DTYPES, Stored, is_weights, open_tensors, read_json, write
-from research.report import table
 
 __all__ = ["Family", "Tensor", "Weights", "export", "families", "is_weights", "load", "read"]
 
