@@ -23,11 +23,10 @@ from research.fit import (
   abstract_state,
   if_any,
   jit_step,
-  on_devices,
 )
 from research.kernels.attention import splash
 from research.kernels.lightning_attention import pallas_gpu
-from research.mesh import BATCH
+from research.mesh import BATCH, on_devices
 from research.tools.params import path_name
 
 GIB = 2**30

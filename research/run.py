@@ -233,7 +233,7 @@ def start_points(
       found[field] = lambda model, name=name: _parameters(Checkpoints(sibling(workdir, cfg, name)), model)
     elif field == "init_from" and path and convert.is_weights(path):
       with jax.set_mesh(mesh):
-        model = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+        model = meshes.shapes_of(exp.init)
         weights = convert.read(path, like=model)
         weights.check_model(model)
       found[field] = weights.fill

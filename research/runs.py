@@ -64,11 +64,8 @@ def load(workdir: str | os.PathLike, run: str | None = None, overrides: Sequence
   name, cfg = find(workdir, run)
   cfg = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
   exp = config.experiment_module(cfg.experiment).build(cfg)
-  abstract = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
-  mesh = jax.sharding.get_mesh()
-  stand = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  abstract = {"model": jax.tree.map(stand, abstract)}
-  restored = Checkpoints(workdir / "checkpoints" / name).restore(abstract, partial=True)
+  model = meshes.on_devices(meshes.shapes_of(exp.init))
+  restored = Checkpoints(workdir / "checkpoints" / name).restore({"model": model}, partial=True)
   return cfg, restored.state["model"]
 
 

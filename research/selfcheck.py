@@ -48,7 +48,7 @@ def selfcheck(
 ) -> None:
   """Makes every check of a single run, under its mesh; `say` hears of each. Raises UserError at the first mismatch."""
   abstract = fit.abstract_state(exp)
-  model = fit.start_model(exp, cfg, fit.on_devices(abstract), init_from)
+  model = fit.start_model(exp, cfg, meshes.on_devices(abstract), init_from)
   reference = fit.frozen(exp, cfg, abstract, init_from)
   batch = _rows(exp, model, reference)
   left_out = []
@@ -100,7 +100,7 @@ def _unsharded(build, cfg, model, batch, reference, ours) -> Check:
     return Check(name, skipped="the mesh is one device")
   alone = _with(cfg, "mesh.replica=1", "mesh.data=1", "mesh.model=1")
   specs = [x.sharding.spec for x in jax.tree.leaves((model, reference))]
-  held, rows = _whole((model, reference)), _whole(fit.to_devices(batch))
+  held, rows = _whole((model, reference)), _whole(meshes.to_devices(batch))
   mesh = meshes.make_mesh(alone.mesh, jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(held, specs, strict=True)]
@@ -141,7 +141,7 @@ def _decoded(cfg, model, batch) -> Check:
   tokens = batch["tokens"][:, :length]
   ids = np.ones_like(tokens)
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-  rows = fit.to_devices({"t": tokens, "s": ids, "p": np.array(positions)})
+  rows = meshes.to_devices({"t": tokens, "s": ids, "p": np.array(positions)})
   split = max(length - DECODED, 1)
 
   def forward(model, rows):
@@ -194,7 +194,7 @@ def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
         x[0] = batch[name][found[0]]
       break
   try:  # a batch may have to be whole
-    jax.eval_shape(exp.loss, model, fit.to_devices(rows), jax.random.key(0), *fit.if_any(reference))
+    jax.eval_shape(exp.loss, model, meshes.to_devices(rows), jax.random.key(0), *fit.if_any(reference))
   except (TypeError, ValueError):
     return dict(whole)
   return rows
@@ -213,7 +213,7 @@ def _mean(exp: Experiment, model, batch, reference) -> tuple[float, float]:
   """(total, weight) of the loss."""
   rest = fit.if_any(reference)
   f = jax.jit(lambda model, batch: exp.loss(model, batch, jax.random.key(0), *rest)["loss"])
-  mean = jax.block_until_ready(f(model, fit.to_devices(batch)))
+  mean = jax.block_until_ready(f(model, meshes.to_devices(batch)))
   return float(mean.total), float(mean.weight)
 
 
@@ -233,7 +233,7 @@ def _loss_and_norm(exp: Experiment, model, batch, reference) -> list[float]:
     value, grads = jax.value_and_grad(loss)([x for x, m in zip(leaves, moves, strict=True) if m])
     return value, jnp.sqrt(sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads), 0.0))
 
-  return [float(x) for x in jax.block_until_ready(jax.jit(f)(model, fit.to_devices(batch)))]
+  return [float(x) for x in jax.block_until_ready(jax.jit(f)(model, meshes.to_devices(batch)))]
 
 
 def _whole(tree: Any) -> list[np.ndarray]:

@@ -279,15 +279,15 @@ from experiments.kvshift.experiment import build
 from research import config, distributed, run
 from research.checkpoint import Checkpoints, _flatten, _plain
 from research.fit import abstract_state
+from research.mesh import on_devices
 
 args, overrides = run.parse_args()
 distributed.start(args)
 cfg = config.expand(config.load(args.config, overrides))[0][1]
 mesh, exp = run.prepare(build, cfg)
-place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
 with jax.set_mesh(mesh):
   checkpoints = Checkpoints(run.checkpoint_dir(pathlib.Path(args.workdir), "kvshift", cfg))
-  restored = checkpoints.restore(jax.tree.map(place, abstract_state(exp)))
+  restored = checkpoints.restore(on_devices(abstract_state(exp)))
   assert restored.step == 6 and not checkpoints.reports
   arrays = {name: _plain(x) for name, x in _flatten(restored.state)[0].items()}
   whole = {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in arrays.items()}

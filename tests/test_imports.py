@@ -60,10 +60,13 @@ ABOVE_MODELS += ("research.writers", "research.report", "research.comparison", "
 
 
 def test_models_know_no_loop_no_data_no_report_and_no_tool():
-  files = of("research", "models")
-  assert {
-    str(p): f for p in files if (f := {n for n in imported(p) if starts(n, *ABOVE_MODELS, "research.data")})
-  } == {}
+  above = (*ABOVE_MODELS, "research.data")
+  assert [str(p) for p in of("research", "models") if any(starts(name, *above) for name in imported(p))] == []
+
+
+def test_evaluations_know_models_and_data_but_no_loop_and_no_report():
+  above = tuple(name for name in ABOVE_MODELS if name != "research.evals")
+  assert [str(p) for p in of("research", "evals") if any(starts(name, *above) for name in imported(p))] == []
 
 
 def test_a_paper_imports_no_other_paper_and_no_launcher():

@@ -17,7 +17,7 @@ from research.data.text import SPLITS
 from research.errors import check
 from research.evals import image_likelihood
 from research.evals import images as measures
-from research.fit import to_devices
+from research.mesh import to_devices
 from research.models.llamagen import LlamaGen
 from research.models.vqvae import VQVAE
 

@@ -18,7 +18,7 @@ from experiments.cca.losses import LOSSES
 from research.errors import check
 from research.evals.image_likelihood import log_likelihoods
 from research.kernels.dispatch import on_mesh, place
-from research.mesh import BATCH
+from research.mesh import BATCH, row_spec
 from research.metrics import Mean
 from research.models import decoder
 from research.models.llamagen import LlamaGenConfig
@@ -247,7 +247,7 @@ def _guidance_free(model, batch, labels, key, cfg):
 
 def _pair(a, b):
   """[rows, ...] twice -> [2 rows, ...], the two of a row beside each other: none changes device."""
-  spec = P(BATCH, *[None] * (a.ndim - 1))
+  spec = row_spec(a.ndim)
   both = jnp.stack([place(a, spec), place(b, spec)], axis=1)
   return jax.lax.reshape(both, (2 * len(a), *a.shape[1:]), out_sharding=spec if on_mesh() else None)
 

@@ -22,7 +22,7 @@ import optax
 from research.config import RunConfig
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games
 from research.preference.comparisons import Comparisons, observed, xpo_objective
@@ -176,7 +176,7 @@ def _train_step(bandit: BanditConfig, exp: Experiment, cfg: RunConfig, state: Tr
   del exp, cfg, reference
   leaves, tree = jax.tree.flatten(state.model)
   specs = jax.tree.unflatten(tree, [_spec(x.ndim) for x in leaves])
-  rows = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  rows = jax.tree.map(lambda x: row_spec(x.ndim), batch)
   run = functools.partial(_comparisons, bandit)
   run = jax.shard_map(run, in_specs=(specs, rows, P(), P()), out_specs=specs, check_vma=False)
   key = jax.random.fold_in(state.key, state.step)

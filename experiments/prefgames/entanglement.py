@@ -27,7 +27,7 @@ from experiments.prefgames.strings import log_policy, start
 from research.config import RunConfig
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import losses
 
@@ -123,7 +123,7 @@ def direction(pair: PairConfig, theta: jax.Array, row) -> tuple[jax.Array, jax.A
 def _train_step(pair: PairConfig, exp: Experiment, cfg: RunConfig, state: TrainState, batch, reference=None):
   """`pair.updates` updates in every run. Returns (state, metrics)."""
   del exp, cfg, reference
-  rows = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  rows = jax.tree.map(lambda x: row_spec(x.ndim), batch)
 
   def run(theta, batch):
     one = lambda theta, _: (theta + pair.rate * jax.vmap(functools.partial(direction, pair))(theta, batch)[0], None)

@@ -23,7 +23,7 @@ from experiments.prefgames.strings import all_strings, log_policy, start
 from research.config import RunConfig
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games, matrices
 
@@ -208,7 +208,7 @@ def _train_step(strings: StringsConfig, exp: Experiment, cfg: RunConfig, state: 
   """`strings.updates` updates of every policy. Returns (state, metrics)."""
   del exp, cfg, reference
   names = ("reference", "labels", "weights")
-  specs = [P(BATCH, *[None] * (batch[name].ndim - 1)) for name in names]
+  specs = [row_spec(batch[name].ndim) for name in names]
 
   def run(theta, *rows):
     return jax.lax.scan(lambda x, _: (_updated(strings, x, *rows), None), theta, length=strings.updates)[0]

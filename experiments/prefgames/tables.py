@@ -20,7 +20,7 @@ from experiments.prefgames.games import KINDS, draw
 from research.config import RunConfig
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games, tabular, updates
 from research.preference.tabular import METHODS
@@ -138,7 +138,7 @@ def _train_step(table: TableConfig, tx, exp: Experiment, cfg: RunConfig, state: 
   del exp, cfg, reference
   model = state.model
   key = jax.random.fold_in(state.key, state.step)
-  games_spec = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  games_spec = jax.tree.map(lambda x: row_spec(x.ndim), batch)
   opt_spec = jax.tree.map(lambda x: STACK if x.ndim == 3 else P(), state.opt)
   # moments stand on every device between steps
   moved = (model.theta[...], model.anchor[...], model.total[...], jax.tree.map(jax.reshard, state.opt, opt_spec))

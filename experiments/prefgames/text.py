@@ -24,7 +24,7 @@ from research.errors import UserError, check
 from research.evals import win_rates
 from research.fit import Experiment, TrainState
 from research.generation import Sampling
-from research.mesh import batch_shard
+from research.mesh import batch_shard, on_devices, shapes_of
 from research.models.transformer import Transformer, flops_per_token
 from research.preference import judge, online, supervised
 from research.preference.losses import over_rows
@@ -159,10 +159,8 @@ STAGES = {"sft": _sft, "judge": _judge, "online": _online, "tournament": _tourna
 
 def _trained(cfg: RunConfig, directory) -> Transformer:
   """The newest model of another arm, on the current mesh."""
-  abstract = jax.eval_shape(functools.partial(_init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  return Checkpoints(directory).restore({"model": jax.tree.map(place, abstract)}, partial=True).state["model"]
+  model = on_devices(shapes_of(functools.partial(_init, cfg)))
+  return Checkpoints(directory).restore({"model": model}, partial=True).state["model"]
 
 
 def _flops(cfg: RunConfig, task: TextTask) -> dict[str, float]:

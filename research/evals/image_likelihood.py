@@ -7,9 +7,8 @@ from jax import P
 import numpy as np
 
 from research.errors import check
-from research.fit import to_devices
 from research.kernels.dispatch import axis_size, place
-from research.mesh import TOKENS
+from research.mesh import TOKENS, to_devices
 from research.models.vqvae import VQVAE
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from research.errors import check
-from research.fit import to_devices
 from research.kernels.cross_entropy.api import row_cross_entropy
 from research.kernels.dispatch import axis_size
+from research.mesh import to_devices
 from research.models.decoder import Decoder, next_token_loss
 
 _MULTIPLE = 64  # rows are padded to multiples of it, so that few lengths are compiled

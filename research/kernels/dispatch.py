@@ -6,7 +6,7 @@ import jax
 from jax import P
 
 from research.errors import check
-from research.mesh import AXES, BATCH
+from research.mesh import AXES, row_spec
 
 
 def platform() -> str:
@@ -54,7 +54,7 @@ def place(x, spec: P):
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
   """`x` [batch, ...] as [batch, *shape], of which only the batch is cut: plain reshapes refuse to guess that."""
   shape = (x.shape[0], *shape)
-  return jax.lax.reshape(x, shape, out_sharding=P(BATCH, *[None] * (len(shape) - 1)) if on_mesh() else None)
+  return jax.lax.reshape(x, shape, out_sharding=row_spec(len(shape)) if on_mesh() else None)
 
 
 def per_shard(f: Callable, in_specs, out_specs) -> Callable:

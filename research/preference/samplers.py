@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from research.errors import check
 from research.generation import Sampling, continuations, filtered, sample
 from research.kernels.dispatch import on_mesh, place
-from research.mesh import BATCH, HIDDEN, TOKENS
+from research.mesh import HIDDEN, TOKENS, row_spec
 from research.models.decoder import Decoder
 
 
@@ -187,5 +187,5 @@ def repeated_rows(x: jax.Array, count: int) -> jax.Array:
 
 def reshaped_rows(x: jax.Array, *shape: int) -> jax.Array:
   """`x` in another shape, of which the leading axis alone is cut, as it was before."""
-  cut = lambda ndim: P(BATCH, *[None] * (ndim - 1))
-  return jax.lax.reshape(place(x, cut(x.ndim)), shape, out_sharding=cut(len(shape)) if on_mesh() else None)
+  spec = row_spec(len(shape)) if on_mesh() else None
+  return jax.lax.reshape(place(x, row_spec(x.ndim)), shape, out_sharding=spec)

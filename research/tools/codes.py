@@ -22,7 +22,7 @@ from research import mesh as meshes
 from research.data import codes, images, shards
 from research.data.images import ImageConfig
 from research.errors import UserError, check
-from research.fit import to_devices
+from research.mesh import to_devices
 from research.tools import writing
 
 # by name, which of `images.ten_crops` an image is encoded in; validation images in the first alone

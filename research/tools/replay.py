@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from research import cpu, data, fit, paths, run, runs, writers
+from research import mesh as meshes
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
 from research.errors import check
@@ -72,23 +73,23 @@ def replay(
   saved = [s for s in checkpoints.steps() if s <= step]
   init_from = starts.get("init_from")
   if saved:
-    restored = checkpoints.restore(fit.on_devices(abstract), step=saved[-1])
+    restored = checkpoints.restore(meshes.on_devices(abstract), step=saved[-1])
     rows.set_state(restored.data_state)
     state, start = restored.state, restored.step
   else:
-    state, start = fit.start_state(exp, cfg, fit.on_devices(abstract), init_from), 0
+    state, start = fit.start_state(exp, cfg, meshes.on_devices(abstract), init_from), 0
   reference = fit.frozen(exp, cfg, abstract, init_from)
   step_fn = fit.jit_step(exp, cfg, abstract)
   log = _logged(workdir, name)
   compared = {}
   for now in range(start, step):
-    state, metrics = jax.block_until_ready(step_fn(state, fit.to_devices(next(rows)), reference))
+    state, metrics = jax.block_until_ready(step_fn(state, meshes.to_devices(next(rows)), reference))
     if now in log:
       compared[now] = (float(metrics["loss"]), log[now])
   batch = next(rows)
   if step in log:  # the step itself, of a copy: the state before it is what the rows' losses are of
     kept = jax.tree.map(lambda x: x.copy(), state)
-    _, metrics = jax.block_until_ready(step_fn(kept, fit.to_devices(batch), reference))
+    _, metrics = jax.block_until_ready(step_fn(kept, meshes.to_devices(batch), reference))
     compared[step] = (float(metrics["loss"]), log[step])
   return Replayed(exp, cfg, state, batch, start, compared, reference)
 
@@ -98,7 +99,7 @@ def row_losses(replayed: Replayed, weights: Iterable[np.ndarray]) -> list[float]
   exp, key = replayed.exp, jax.random.fold_in(replayed.state.key, replayed.state.step)
   reference = fit.if_any(replayed.reference)
   loss = jax.jit(lambda model, batch: exp.loss(model, batch, key, *reference)["loss"].value)
-  of = lambda w: jax.block_until_ready(loss(replayed.state.model, fit.to_devices(replayed.batch | {"weights": w})))
+  of = lambda w: jax.block_until_ready(loss(replayed.state.model, meshes.to_devices(replayed.batch | {"weights": w})))
   return [float(of(w)) for w in weights]
 
 

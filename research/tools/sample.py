@@ -17,8 +17,8 @@ import numpy as np
 from research import cpu, image_generation, image_tokenizers, report, run, runs
 from research.data.images import square
 from research.errors import UserError, check
-from research.fit import to_devices
 from research.generation import Sampling
+from research.mesh import to_devices
 from research.models import convert
 from research.models.llamagen import LlamaGen
 from research.models.var import VAR

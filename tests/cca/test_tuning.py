@@ -16,8 +16,7 @@ from experiments.cca import losses, tuning
 from experiments.cca.tuning import TuningConfig
 from research.errors import UserError
 from research.evals.image_likelihood import log_likelihoods
-from research.fit import on_devices, to_devices
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, on_devices, to_devices
 from research.models import convert
 from research.models.decoder import log_likelihood
 from research.models.llamagen import LlamaGen, LlamaGenConfig

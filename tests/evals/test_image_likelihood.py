@@ -9,8 +9,7 @@ import pytest
 from research.errors import UserError
 from research.evals import image_likelihood
 from research.evals.image_likelihood import log_likelihoods, measures, of_every_class
-from research.fit import on_devices
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, on_devices
 from research.models.llamagen import LlamaGen, LlamaGenConfig
 from tests import small
 from tests.models import images

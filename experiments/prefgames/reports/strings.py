@@ -12,7 +12,8 @@ from research import paths, runs
 from research import report as parts
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
-from research.fit import abstract_state, fresh_state, on_devices
+from research.fit import abstract_state, fresh_state
+from research.mesh import on_devices
 from research.preference.methods import METHODS
 from research.preference.samplers import enumerated
 
