@@ -14,7 +14,7 @@ import numpy as np
 
 from research.errors import check
 from research.generation import Sampling, sample
-from research.kernels.dispatch import axis_size, place
+from research.kernels.dispatch import batch_shards, place
 from research.mesh import BATCH
 from research.models.llamagen import LlamaGen
 from research.models.var import VAR
@@ -154,7 +154,7 @@ def _rows(labels: Sequence[int], classes: int) -> np.ndarray:
   check(
     bad.size == 0, "labels", bad[:4].tolist(), f"classes lie in 0 .. {classes - 1}, and {classes} is the null class"
   )
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   return np.concatenate([labels, np.zeros(-len(labels) % shards, labels.dtype)]).astype(np.int32)
 
 

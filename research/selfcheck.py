@@ -22,6 +22,7 @@ from research import mesh as meshes
 from research.config import RunConfig
 from research.errors import UserError
 from research.fit import Experiment
+from research.kernels.dispatch import batch_shards
 
 ROWS = 2  # for each of the mesh's slices of a batch
 DECODED = 8  # tokens decoded one by one
@@ -183,10 +184,8 @@ def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
   """A few rows of this process's part of the first batch; the first of them, if there is any, with two documents."""
   data = exp.data("train")
   whole = next(iter(data))
-  mesh = jax.sharding.get_mesh()
-  slices = math.prod(mesh.shape[axis] for axis in meshes.BATCH)
-  _, count = meshes.batch_shard(mesh)
-  rows = {name: x[: ROWS * slices // count].copy() for name, x in whole.items()}
+  _, count = meshes.batch_shard(jax.sharding.get_mesh())
+  rows = {name: x[: ROWS * batch_shards() // count].copy() for name, x in whole.items()}
   for batch in itertools.islice(data, BATCHES) if "segment_ids" in whole else ():
     found = [i for i, ids in enumerate(batch["segment_ids"]) if len(np.unique(ids[ids > 0])) > 1]
     if found:

@@ -7,7 +7,7 @@ from jax import P
 import numpy as np
 
 from research.errors import check
-from research.kernels.dispatch import axis_size, place
+from research.kernels.dispatch import batch_shards, place
 from research.mesh import TOKENS, to_devices
 from research.models.vqvae import VQVAE
 
@@ -30,7 +30,7 @@ def log_likelihoods(
     check(low >= 0 and high <= most, name, f"{low} .. {high}", f"lie in 0 .. {most}")
   image = np.repeat(np.arange(len(codes)), labels.size // max(len(codes), 1))
   flat, out = labels.reshape(-1).astype(np.int32), np.zeros(labels.size)
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   batch = -(-batch // shards) * shards
   for first in range(0, len(flat), batch):
     # the last ones again fill the last batch

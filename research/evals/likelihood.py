@@ -10,7 +10,7 @@ import numpy as np
 
 from research.errors import check
 from research.kernels.cross_entropy.api import row_cross_entropy
-from research.kernels.dispatch import axis_size
+from research.kernels.dispatch import batch_shards
 from research.mesh import to_devices
 from research.models.decoder import Decoder, next_token_loss
 
@@ -34,7 +34,7 @@ def log_likelihoods(
     low, high = min(ids), max(ids)
     check(low >= 0 and high < model.cfg.vocab, "ids", f"{low} .. {high}", f"lie in 0 .. {model.cfg.vocab - 1}")
   rows = [(list(ids)[-max_length:], start - max(len(ids) - max_length, 0)) for ids, start in rows]
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   batch = -(-batch // shards) * shards
   out = np.zeros(len(rows))
   by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))

@@ -1,12 +1,13 @@
 """Which implementation of an op runs a call, and how the op stands on the mesh."""
 
 from collections.abc import Callable
+import math
 
 import jax
 from jax import P
 
 from research.errors import check
-from research.mesh import AXES, row_spec
+from research.mesh import AXES, BATCH, row_spec
 
 
 def platform() -> str:
@@ -44,6 +45,11 @@ def on_mesh() -> bool:
 def axis_size(name: str) -> int:
   """Devices along the mesh axis `name`; 1 where the op does not stand on a mesh."""
   return jax.sharding.get_abstract_mesh().shape[name] if on_mesh() else 1
+
+
+def batch_shards() -> int:
+  """Slices in which the mesh cuts a batch; 1 where the op does not stand on a mesh."""
+  return math.prod(map(axis_size, BATCH))
 
 
 def place(x, spec: P):

@@ -112,5 +112,5 @@ def _check_shapes(q, k, v, segment_ids):
     check(segment_ids.shape == q.shape[:2], "segment_ids", segment_ids.shape, f"use [batch, length] = {q.shape[:2]}")
   model = dispatch.axis_size("model")
   check(kv_heads % model == 0, "kv_heads", kv_heads, f"mesh.model={model} cuts them; use a multiple of it")
-  batch_shards = dispatch.axis_size("replica") * dispatch.axis_size("data")
-  check(q.shape[0] % batch_shards == 0, "batch", q.shape[0], f"use a multiple of replica x data = {batch_shards}")
+  shards = dispatch.batch_shards()
+  check(q.shape[0] % shards == 0, "batch", q.shape[0], f"use a multiple of replica x data = {shards}")
