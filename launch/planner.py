@@ -281,7 +281,7 @@ def suggest(whole: Plan, cfg: config.RunConfig, pod: Topology) -> list[tuple[str
   tried = []
   for overrides in candidates:
     try:
-      single = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+      single = config.changed(cfg, overrides)
       found = plan(whole.config, whole.arm, single, pod, fixes=False)
     except UserError:
       continue  # a size that does not divide

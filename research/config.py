@@ -170,6 +170,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
   return freeze(cls, override(cfg, cls, overrides))
 
 
+def changed(cfg: Any, overrides: Sequence[str]) -> Any:
+  """The frozen config `cfg` with each `path=value` set. Raises UserError."""
+  return freeze(type(cfg), override(as_configdict(cfg), type(cfg), overrides))
+
+
 def expand(cfg: RunConfig) -> list[tuple[str, RunConfig]]:
   """The (arm, config) of every single run of `cfg`: its arms x its seeds, arms outermost."""
   runs = []

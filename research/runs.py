@@ -43,7 +43,7 @@ def find(workdir: str | os.PathLike, run: str | None = None) -> tuple[str, confi
     arm, _, seed = path.name.rpartition("-")
     cfg = next((c for name, c in held.items() if name.rpartition("-")[0] == arm), None)
     if path.name not in held and cfg is not None and seed.isdecimal():
-      held[path.name] = config.freeze(type(cfg), {**config.as_configdict(cfg), "seeds": (int(seed),)})
+      held[path.name] = dataclasses.replace(cfg, seeds=(int(seed),))
   held = {name: cfg for name, cfg in held.items() if Checkpoints(workdir / "checkpoints" / name).steps()}
   check(bool(held), "workdir", workdir, "holds no checkpoint yet")
   choices = ", ".join(held)
@@ -62,7 +62,7 @@ def load(workdir: str | os.PathLike, run: str | None = None, overrides: Sequence
   """
   workdir = paths.parse(workdir)
   name, cfg = find(workdir, run)
-  cfg = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+  cfg = config.changed(cfg, overrides)
   exp = config.experiment_module(cfg.experiment).build(cfg)
   model = meshes.on_devices(meshes.shapes_of(exp.init))
   restored = Checkpoints(workdir / "checkpoints" / name).restore({"model": model}, partial=True)
@@ -73,8 +73,7 @@ def mesh(overrides: Sequence[str] = ()):
   """`with mesh(overrides):` the current mesh is the first device or, if some set `mesh.`, all devices in that shape."""
   chosen = [item.removeprefix("mesh.") for item in overrides if item.startswith("mesh.")]
   try:
-    cfg = config.override(config.as_configdict(meshes.MeshConfig()), meshes.MeshConfig, chosen)
-    cfg = config.freeze(meshes.MeshConfig, cfg)
+    cfg = config.changed(meshes.MeshConfig(), chosen)
   except UserError as e:
     raise e.under("mesh") from None
   return jax.set_mesh(meshes.make_mesh(cfg, jax.devices() if chosen else jax.devices()[:1]))

@@ -84,7 +84,7 @@ def _kernel(build, cfg, model, batch, reference, ours) -> Check:
   has = "attention_kernel" in {f.name for f in dataclasses.fields(cfg.model)} if hasattr(cfg, "model") else False
   if not has:
     return Check(name, skipped="this model chooses no kernel")
-  plain = build(_with(cfg, "model.attention_kernel=reference"))
+  plain = build(config.changed(cfg, ["model.attention_kernel=reference"]))
   like = jax.tree.structure(fit.abstract_state(plain).model)  # a model's structure says how it is executed
   dressed = lambda model: jax.tree.unflatten(like, jax.tree.leaves(model))
   if plain.companion is not None:
@@ -99,7 +99,7 @@ def _unsharded(build, cfg, model, batch, reference, ours) -> Check:
   name = "sharded against one device"
   if jax.sharding.get_mesh().size == 1:
     return Check(name, skipped="the mesh is one device")
-  alone = _with(cfg, "mesh.replica=1", "mesh.data=1", "mesh.model=1")
+  alone = config.changed(cfg, ["mesh.replica=1", "mesh.data=1", "mesh.model=1"])
   specs = [x.sharding.spec for x in jax.tree.leaves((model, reference))]
   held, rows = _whole((model, reference)), _whole(meshes.to_devices(batch))
   mesh = meshes.make_mesh(alone.mesh, jax.local_devices()[:1])
@@ -197,10 +197,6 @@ def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
   except (TypeError, ValueError):
     return dict(whole)
   return rows
-
-
-def _with(cfg: RunConfig, *overrides: str) -> RunConfig:
-  return config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
 
 
 def _tolerance(cfg: RunConfig) -> float:
