@@ -41,6 +41,11 @@ def parse(path: str | os.PathLike, field: str = "workdir") -> Path:
   return epath.Path(path)
 
 
+def cache() -> pathlib.Path:
+  """Where what can be made again is kept for the next run: $REPRISE_CACHE, by default ~/.cache/reprise."""
+  return pathlib.Path(os.environ.get("REPRISE_CACHE") or "~/.cache/reprise").expanduser()
+
+
 def in_bucket(path: str | os.PathLike) -> bool:
   """Whether `path` is one in a bucket."""
   return os.fspath(path).startswith("gs://")

@@ -14,6 +14,11 @@ from research.checkpoint import Checkpoints
 from research.errors import UserError, check
 
 
+def checkpoint_dir(workdir: paths.Path, arm: str, seed: int) -> paths.Path:
+  """Where a single run keeps its steps."""
+  return workdir / "checkpoints" / f"{arm}-{seed}"
+
+
 def read_config(workdir: str | os.PathLike) -> config.RunConfig:
   """The config that a workdir's manifest records. Raises UserError."""
   path = paths.parse(workdir) / "manifest.json"

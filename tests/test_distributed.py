@@ -276,7 +276,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 from experiments.kvshift.experiment import build
-from research import config, distributed, run
+from research import config, distributed, run, runs
 from research.checkpoint import Checkpoints, _flatten, _plain
 from research.fit import abstract_state
 from research.mesh import on_devices
@@ -286,7 +286,7 @@ distributed.start(args)
 cfg = config.expand(config.load(args.config, overrides))[0][1]
 mesh, exp = run.prepare(build, cfg)
 with jax.set_mesh(mesh):
-  checkpoints = Checkpoints(run.checkpoint_dir(pathlib.Path(args.workdir), "kvshift", cfg))
+  checkpoints = Checkpoints(runs.checkpoint_dir(pathlib.Path(args.workdir), "kvshift", cfg.seed))
   restored = checkpoints.restore(on_devices(abstract_state(exp)))
   assert restored.step == 6 and not checkpoints.reports
   arrays = {name: _plain(x) for name, x in _flatten(restored.state)[0].items()}

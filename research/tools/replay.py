@@ -69,7 +69,7 @@ def replay(
   exp.prepare(functools.partial(run.sibling, workdir, cfg))
   abstract = fit.abstract_state(exp)
   rows = iter(exp.data("train"))
-  checkpoints = Checkpoints(workdir / "checkpoints" / name)
+  checkpoints = Checkpoints(runs.checkpoint_dir(workdir, arm, cfg.seed))
   saved = [s for s in checkpoints.steps() if s <= step]
   init_from = starts.get("init_from")
   if saved:

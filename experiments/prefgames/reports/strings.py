@@ -88,7 +88,7 @@ def tournament(workdir: paths.Path, arms: dict[str, RunConfig], cfg: RunConfig) 
       abstract = on_devices(abstract_state(exp))
       models = [fresh_state(exp, abstract, seed).model]
       for arm in arms:
-        steps = Checkpoints(workdir / "checkpoints" / f"{arm}-{seed}")
+        steps = Checkpoints(runs.checkpoint_dir(workdir, arm, seed))
         models.append(steps.restore({"model": abstract.model}, partial=True).state["model"])
       played = np.exp(np.stack([np.asarray(policy(model), np.float64) for model in models]))
       rates.append(
