@@ -20,6 +20,11 @@ class UserError(Exception):
     return UserError(f"{prefix}.{self.field}", self.value, self.fix)
 
 
+def one_line(error: BaseException) -> str:
+  """What a library's exception says, as a part of a message: on one line, its first 200 characters."""
+  return " ".join(str(error).split())[:200]
+
+
 def check(ok: bool, field: str, value: object, fix: str) -> None:
   """Raises `UserError(field, value, fix)` unless `ok`."""
   if not ok:

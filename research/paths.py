@@ -12,7 +12,7 @@ import re
 
 from etils import epath
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 Path = pathlib.Path | epath.Path
 
@@ -56,7 +56,7 @@ def bad(path: str | os.PathLike, field: str, error: Exception) -> UserError:
   bucket = "/".join(os.fspath(path).split("/")[:3])
   if isinstance(error, FileNotFoundError):
     return UserError(field, path, f"there is no bucket {bucket}: gcloud storage buckets create {bucket}")
-  said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+  said = f"{type(error).__name__}: {one_line(error)}"
   unknown = getattr(error, "code", None) == 401 or type(error).__module__.startswith("google.auth")
   if unknown or str(error).startswith("Forbidden"):
     fix = "sign in (gcloud auth application-default login), or give this account the role roles/storage.objectAdmin"

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from research import paths
 from research.data.text import Corpus
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 _log = logging.getLogger(__name__)
 _BATCH = 256  # documents encoded at once: bounds the memory that their encodings take
@@ -97,7 +97,7 @@ def hugging_face(spec: str) -> Tokenizer:
   except OSError as e:
     raise UserError(*field, f"cannot be read: {e.strerror}; name a local tokenizer.json") from None
   except Exception as e:  # the library raises no class of its own
-    raise UserError(*field, f"is no tokenizer.json: {' '.join(str(e).split())}") from None
+    raise UserError(*field, f"is no tokenizer.json: {one_line(e)}") from None
   # The file may say how its first user cut and padded: not what a document is.
   library.no_truncation()
   library.no_padding()

@@ -20,7 +20,7 @@ import numpy as np
 
 from research import mesh as meshes
 from research import run
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 from research.image_generation import check_tokenizer
 from research.models import convert
 from research.models.llamagen import LlamaGen
@@ -69,7 +69,7 @@ def read_array(path: str, name: str, ndim: int) -> np.ndarray:
   except OSError as e:
     raise UserError("tokens", path, f"cannot be read: {e.strerror or e}") from None
   except (ValueError, EOFError, zipfile.BadZipFile) as e:
-    raise UserError("tokens", path, f"is no sound .npz file: {' '.join(str(e).split())}") from None
+    raise UserError("tokens", path, f"is no sound .npz file: {one_line(e)}") from None
   check(np.issubdtype(array.dtype, np.integer), name, f"{path} {array.dtype}", "must be whole numbers")
   shape = "[batch, length]" if ndim == 2 else "[batch]"
   ok = array.ndim == ndim and array.size > 0
