@@ -65,12 +65,15 @@ def bad(path: str | os.PathLike, field: str, error: Exception) -> UserError:
 
 
 def write(path: Path, text: str) -> None:
-  """Makes `text` the content of a file, whole or not at all."""
+  """Makes `text` the content of a file, whole or not at all, and on the disk when it returns."""
   if in_bucket(path):
     path.write_text(text)
     return
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(text)
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
   temporary.replace(path)
 
 
