@@ -17,7 +17,7 @@ from experiments.cca import losses
 from experiments.cca.losses import LOSSES
 from research.errors import check
 from research.evals.image_likelihood import log_likelihoods
-from research.kernels.dispatch import on_mesh, place
+from research.kernels.dispatch import place, regroup_rows
 from research.mesh import BATCH, row_spec
 from research.metrics import Mean
 from research.models import decoder
@@ -247,14 +247,13 @@ def _guidance_free(model, batch, labels, key, cfg):
 
 def _pair(a, b):
   """[rows, ...] twice -> [2 rows, ...], the two of a row beside each other: none changes device."""
-  spec = row_spec(a.ndim)
-  both = jnp.stack([place(a, spec), place(b, spec)], axis=1)
-  return jax.lax.reshape(both, (2 * len(a), *a.shape[1:]), out_sharding=spec if on_mesh() else None)
+  both = jnp.stack([place(a, row_spec(a.ndim)), place(b, row_spec(a.ndim))], axis=1)
+  return regroup_rows(both, 2 * len(a), *a.shape[1:])
 
 
 def _split_pairs(x):
   """[2 rows] -> [rows, 2]."""
-  return jax.lax.reshape(x, (len(x) // 2, 2), out_sharding=P(BATCH, None) if on_mesh() else None)
+  return regroup_rows(x, len(x) // 2, 2)
 
 
 def _check_reference(model, reference):

@@ -63,6 +63,11 @@ def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
   return jax.lax.reshape(x, shape, out_sharding=row_spec(len(shape)) if on_mesh() else None)
 
 
+def regroup_rows(x: jax.Array, *shape: int) -> jax.Array:
+  """`x` [batch, ...] in another shape, of which the leading axis alone is cut, too: rows joined, or parted."""
+  return jax.lax.reshape(place(x, row_spec(x.ndim)), shape, out_sharding=row_spec(len(shape)) if on_mesh() else None)
+
+
 def per_shard(f: Callable, in_specs, out_specs) -> Callable:
   """`f` run by each device of the mesh on its shards; `f` itself where there is no mesh.
 
