@@ -10,7 +10,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -19,8 +18,10 @@ import numpy as np
 from experiments.cca.losses import LOSSES
 from research import optim
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment
+from research.mesh import batch_shard
 from research.metrics import Mean
 
 METHODS = (*LOSSES, "gft", "ddo")
@@ -133,7 +134,6 @@ def measures(world: World, logits: np.ndarray) -> dict[str, float]:
 def make(cfg: RunConfig, toy: ToyConfig) -> Experiment:
   """One model in one world."""
   world = World(toy, cfg.seed)
-  row = {"weights": np.ones(cfg.batch, np.float32)}
 
   def loss(model, batch, key):
     del key
@@ -141,8 +141,8 @@ def make(cfg: RunConfig, toy: ToyConfig) -> Experiment:
     return {"loss": Mean(weight * expected_loss(world, model.logits[...]), weight)}
 
   def data(split):
-    one = grain.MapDataset.source([row])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = {"weights": np.ones(cfg.batch, np.float32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   return Experiment(
     init=lambda key: Table(world.log_start),

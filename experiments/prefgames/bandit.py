@@ -12,7 +12,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
 from research.mesh import BATCH, batch_shard, row_spec
@@ -146,12 +146,8 @@ def make(cfg: RunConfig, bandit: BanditConfig) -> Experiment:
   rewards = functools.partial(bandit.rewards, cfg.seed, cfg.batch)
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
-    rows = {"rewards": rewards()[index * size : (index + 1) * size]}
-    rows["run"] = np.arange(index * size, (index + 1) * size, dtype=np.int32)
-    one = grain.MapDataset.source([rows])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = {"rewards": rewards(), "run": np.arange(cfg.batch, dtype=np.int32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     like = jax.dtypes.canonicalize_dtype(np.float64)

@@ -9,7 +9,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -18,6 +17,7 @@ import optax
 
 from experiments.prefgames.games import KINDS, draw
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
 from research.mesh import BATCH, batch_shard, row_spec
@@ -97,12 +97,8 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   everywhere = jax.jit(functools.partial(_everywhere, table))
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
-    rows = {name: x[index * size : (index + 1) * size] for name, x in load().items()}
-    rows["game"] = np.arange(index * size, (index + 1) * size, dtype=np.int32)
-    one = grain.MapDataset.source([rows])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = load() | {"game": np.arange(cfg.batch, dtype=np.int32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     size, n = cfg.batch, cfg.length

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.prefgames import experiment, sequence
 from experiments.prefgames.reports.common import by_arm, finish, legend_below, matrix, method, spread
+from experiments.prefgames.strings import all_strings
 from research import paths, runs
 from research import report as parts
 from research.checkpoint import Checkpoints
@@ -81,7 +82,7 @@ def tournament(workdir: paths.Path, arms: dict[str, RunConfig], cfg: RunConfig) 
     for seed in cfg.seeds:
       first = next(iter(arms.values()))
       rows = sequence.draw(first.sequence, seed, first.model.vocab, first.length)
-      strings = sequence.all_strings(first.model.vocab, first.length)
+      strings = all_strings(first.model.vocab, first.length)
       by_token = functools.partial(enumerated, prompts=rows["prompts"], lengths=rows["lengths"], strings=strings)
       policy = jax.jit(lambda model, by_token=by_token: jnp.sum(by_token(model), axis=-1))
       exp = experiment.build(first)
