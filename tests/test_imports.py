@@ -83,10 +83,6 @@ ONLY = {"orbax": "research/checkpoint.py", "grain": "research/data/", "tensorflo
 
 @pytest.mark.parametrize(("package", "where"), ONLY.items())
 def test_libraries_that_change_often_stand_in_one_place(package, where):
-  using = [
-    str(p)
-    for p in (*of("research"), *of("experiments"))
-    if re.search(rf"(import|from) {package}\b", (ROOT / p).read_text())
-  ]
+  using = [str(p) for p in FILES if re.search(rf"(import|from) {package}\b", (ROOT / p).read_text())]
   assert using
   assert [path for path in using if not path.startswith(where)] == []

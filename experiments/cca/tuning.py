@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.cca import losses
 from experiments.cca.losses import LOSSES
-from research.errors import check
+from research.errors import check, check_range
 from research.evals.image_likelihood import log_likelihoods
 from research.kernels.dispatch import place, regroup_rows
 from research.mesh import BATCH, row_spec
@@ -97,9 +97,8 @@ def check_data(codes: np.ndarray, labels: np.ndarray, model: LlamaGenConfig | VA
   fix = f"the model writes {model.tokens} tokens an image; use the codes of its tokenizer"
   check(codes.ndim == 2 and codes.shape[1] == model.tokens, "codes", list(codes.shape), fix)
   check(labels.shape == codes.shape[:1], "labels", list(labels.shape), f"must be {len(codes)}, one an image")
-  for name, x, most in (("codes", codes, model.vocab), ("labels", labels, model.classes)):
-    low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
-    check(low >= 0 and high < most, name, f"{low} .. {high}", f"the model's lie in 0 .. {most - 1}")
+  check_range("codes", codes, model.vocab)
+  check_range("labels", labels, model.classes)
 
 
 def fixed_pairs(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.errors import check
+from research.errors import check, check_range
 from research.kernels.cross_entropy.api import row_cross_entropy
 from research.kernels.dispatch import batch_shards
 from research.mesh import to_devices
@@ -31,8 +31,7 @@ def log_likelihoods(
       0 < start < len(ids), "continuation", f"{start} of {len(ids)} ids", "needs an id before it and one of its own"
     )
     check(len(ids) - start < max_length, "continuation", f"{len(ids) - start} ids", f"does not fit into {max_length}")
-    low, high = min(ids), max(ids)
-    check(low >= 0 and high < model.cfg.vocab, "ids", f"{low} .. {high}", f"lie in 0 .. {model.cfg.vocab - 1}")
+    check_range("ids", np.asarray(ids), model.cfg.vocab)
   rows = [(list(ids)[-max_length:], start - max(len(ids) - max_length, 0)) for ids, start in rows]
   shards = batch_shards()
   batch = -(-batch // shards) * shards

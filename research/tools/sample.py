@@ -124,8 +124,7 @@ def choose_labels(args: argparse.Namespace, classes: int) -> np.ndarray:
     labels = np.array([int(n) for n in args.labels.split(",")], np.int32)
   except ValueError:
     raise UserError("labels", args.labels, "use random, even, or numbers with commas between: 1,1,207") from None
-  bad = labels[(labels < 0) | (labels > classes)]
-  check(bad.size == 0, "labels", bad[:4].tolist(), f"lie in 0 .. {classes - 1}, and {classes} is the null class")
+  image_generation.check_labels(labels, classes)
   return labels
 
 

@@ -90,8 +90,8 @@ def test_var_reads_what_its_tokenizer_makes_of_the_codes():
 @pytest.mark.parametrize(
   ("codes", "labels", "told"),
   [
-    (WORLD[:2], [0, 4], "labels=0 .. 4: lie in 0 .. 3"),
-    (WORLD[:2] - 1, [0, 1], "codes=-1 .. 0: lie in 0 .. 3"),
+    (WORLD[:2], [0, 4], "labels=4: must lie in 0 .. 3"),
+    (WORLD[:2] - 1, [0, 1], "codes=-1: must lie in 0 .. 3"),
     (WORLD[:2, :3], [0, 1], "codes=.2, 3., labels .2.: must be .images, 4."),
     (WORLD[:2], [0], "codes=.2, 4., labels .1."),
   ],
