@@ -77,7 +77,6 @@ def cached_attention(
   segment_ids: jax.Array,
   cached_segment_ids: jax.Array,
   start: jax.Array,
-  scale: float | None = None,
 ) -> jax.Array:
   """Attention of a few new tokens to themselves and all before them, whose keys and values are kept.
 
@@ -88,14 +87,12 @@ def cached_attention(
     segment_ids: int32 [batch, length] of the new tokens.
     cached_segment_ids: int32 [batch, capacity]; token i sees token j <= i of its own segment.
     start: int32 scalar.
-    scale: a Python number; default 1 / sqrt(head_dim).
 
   Returns:
     [batch, length, heads, head_dim] in q's dtype; the softmax is float32 inside. On a mesh
     cut by batch and heads, as `attention`. Forward only in use; dense, so its memory grows as length x capacity.
   """
-  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-  local = functools.partial(cached.attention, scale=scale)
+  local = functools.partial(cached.attention, scale=1 / math.sqrt(q.shape[-1]))
   q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
   ids = (dispatch.place(x, TOKENS) for x in (segment_ids, cached_segment_ids))
   return dispatch.per_shard(local, (HEADS, HEADS, HEADS, TOKENS, TOKENS, P()), HEADS)(q, k, v, *ids, start)
