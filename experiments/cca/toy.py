@@ -25,6 +25,7 @@ from research.mesh import batch_shard
 from research.metrics import Mean
 
 METHODS = (*LOSSES, "gft", "ddo")
+CONTRAST = 1.5  # deviation of log p(x|c)
 SCALES = np.linspace(0, 6, 601)  # of guidance, that a model is compared with
 
 
@@ -38,7 +39,6 @@ class ToyConfig:
 
   classes: int = 6
   images: int = 6
-  contrast: float = 1.5  # deviation of log p(x|c)
   method: Literal[*METHODS] = "cca"
   beta: float = 0.5
   lam: float = 0.0  # 0: for each class the one at which the target is reached, Z(c)^beta
@@ -61,7 +61,7 @@ class World:
   """log p(x|c) [classes, images] of a seed, float64, and what follows from it."""
 
   def __init__(self, cfg: ToyConfig, seed: int):
-    logits = cfg.contrast * np.random.default_rng(seed).normal(size=(cfg.classes, cfg.images))
+    logits = CONTRAST * np.random.default_rng(seed).normal(size=(cfg.classes, cfg.images))
     self.cfg, self.log_p = cfg, _log_softmax(logits)
     self.log_marginal = np.log(np.exp(self.log_p).mean(0))
     # ddo's pretrained model has not learnt all of p yet
