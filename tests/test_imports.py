@@ -86,3 +86,12 @@ def test_libraries_that_change_often_stand_in_one_place(package, where):
   using = [str(p) for p in FILES if re.search(rf"(import|from) {package}\b", (ROOT / p).read_text())]
   assert using
   assert [path for path in using if not path.startswith(where)] == []
+
+
+def test_no_file_has_outgrown_its_one_reason():
+  everything = [
+    p for top in ("research", "experiments", "launch", "benchmarks", "tests") for p in (ROOT / top).rglob("*.py")
+  ]
+  lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in everything}
+  assert len(lines) > 300
+  assert {path: n for path, n in lines.items() if n > 450} == {}
