@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -13,8 +14,11 @@ FILES = sorted(p.relative_to(ROOT) for top in ("research", "launch", "experiment
 BELOW_KERNELS = {"research.errors", "research.mesh", "research.hardware"}
 
 
-def imported(path: pathlib.Path) -> set[str]:
-  """Modules of the project that a file imports, wherever in it."""
+OURS = {"research", "launch", "experiments", "tests", "benchmarks"}
+
+
+def modules(path: pathlib.Path) -> set[str]:
+  """What a file imports, wherever in it."""
   found = set()
   for node in ast.walk(ast.parse((ROOT / path).read_text())):
     if isinstance(node, ast.Import):
@@ -22,7 +26,17 @@ def imported(path: pathlib.Path) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path}:{node.lineno}: write the whole name"
       found |= {f"{node.module}.{alias.name}" for alias in node.names}
-  return {name for name in found if name.split(".")[0] in ("research", "launch", "experiments", "tests", "benchmarks")}
+  return found
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Modules of the project that a file imports."""
+  return {name for name in modules(path) if name.split(".")[0] in OURS}
+
+
+def third_party(path: pathlib.Path) -> set[str]:
+  """The packages of others that a file imports."""
+  return {name.split(".")[0] for name in modules(path)} - OURS - set(sys.stdlib_module_names)
 
 
 def of(*folder: str) -> list[pathlib.Path]:
