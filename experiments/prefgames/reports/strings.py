@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from experiments.prefgames import experiment, sequence
-from experiments.prefgames.reports.common import by_arm, finish, legend_below, matrix, method, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, matrix, method, spread
 from experiments.prefgames.strings import all_strings
 from research import paths, runs
 from research import report as parts
@@ -72,7 +72,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   responses = f"{cfg.model.vocab**cfg.length} responses to each of {cfg.sequence.prompts} prompts"
   fig.suptitle(f"{responses}, {share}; {parts.over_seeds(gaps)}; dashed: above it a seed has failed", fontsize=11)
   header = ["method", "updates", "gap (± SD)", "original gap", "KL to the reference", "beats the reference", "failed"]
-  finish(workdir, fig, "strings.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "strings.png", parts.table(header, rows))
 
 
 def tournament(workdir: paths.Path, arms: dict[str, RunConfig], cfg: RunConfig) -> tuple[np.ndarray, list[str]]:

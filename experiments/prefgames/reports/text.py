@@ -1,11 +1,8 @@
 """The pipeline on text: what sft and judge learnt, win rates during training, and who beats whom in the end."""
 
-import itertools
-
 import numpy as np
 
 from experiments.prefgames.reports import common
-from experiments.prefgames.reports.common import finish
 from research import paths, writers
 from research import report as parts
 from research.config import RunConfig, expand
@@ -61,7 +58,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   seeds = f"{len(cfg.seeds)} seeds" if len(cfg.seeds) > 1 else "one seed"
   fig.suptitle(f"{cfg.data.source}: {cfg.model.layers} layers of width {cfg.model.width}, {seeds}", fontsize=11)
   header = ["stage or method", "updates", "validation loss", "win rate against the sft model, ± standard error"]
-  finish(workdir, fig, "text.png", parts.table([*header, "preferences asked for"], rows))
+  parts.finish(workdir, fig, "text.png", parts.table([*header, "preferences asked for"], rows))
 
 
 def _tournament(workdir: paths.Path, arms: list[str]):
@@ -107,16 +104,5 @@ def _matrix(fig, ax, wins, prompts: int) -> None:
     ax.text(0.5, 0.5, "no tournament yet", ha="center", va="center", transform=ax.transAxes, color="grey")
     return
   table = np.array([[_mean(wins[a, b]) for b in names] for a in names])
-  most = max(np.abs(table[..., 0] - 0.5).max(), 0.05)
-  image = ax.imshow(table[..., 0], cmap="RdBu", vmin=0.5 - most, vmax=0.5 + most)
-  for i, j in itertools.product(range(len(names)), repeat=2):
-    rate, error = table[i, j]
-    told = "" if i == j else f"{100 * rate:.1f}\n±{100 * error:.1f}"
-    dark = abs(rate - 0.5) > 0.7 * most
-    ax.text(j, i, told, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-  told = [label(name) for name in names]
-  ax.set_xticks(range(len(names)), told, rotation=40, ha="right", fontsize=8)
-  ax.set_yticks(range(len(names)), told, fontsize=8)
-  ax.spines[:].set_visible(False)
+  common.matrix(fig, ax, table[..., 0], [label(name) for name in names], table[..., 1])
   ax.set_title(f"how often the row beats the column, %, by the judge\n{prompts} held-out prompts", fontsize=9)
-  fig.colorbar(image, ax=ax, shrink=0.75)
