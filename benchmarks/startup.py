@@ -4,6 +4,7 @@ python -m benchmarks.startup [--out FILE.json]
 
 Imports are measured one after the other in a process: `import research` beyond `import jax`, what starts a run beyond
 that. Cold: an empty REPRISE_CACHE, so every program is compiled. Warm: the same command again, in a new workdir.
+Processor time, of all threads, is what other programs on the machine do not lengthen.
 Goals: 1 s for `import research`, 15 s for a cold start.
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 from pathlib import Path
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,15 +30,15 @@ IMPORTS = f"""
 import importlib, json, time
 took = {{}}
 for name in {MODULES}:
-  start = time.perf_counter()
+  start = time.perf_counter(), time.process_time()
   importlib.import_module(name)
-  took[name] = time.perf_counter() - start
+  took[name] = time.perf_counter() - start[0], time.process_time() - start[1]
 print(json.dumps(took))
 """
 
 
-def imports() -> dict[str, float]:
-  """Seconds of each of `MODULES`, beyond those before it."""
+def imports() -> dict[str, tuple[float, float]]:
+  """Seconds of each of `MODULES`, beyond those before it: by the wall clock, and of the processor."""
   return json.loads(subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True).stdout)
 
 
@@ -45,8 +47,10 @@ def first_step(cache: Path, workdir: Path) -> dict[str, float]:
 
   start_s: up to the first trace; imports, the config, jax's backend, the corpus.
   compile_s: what jax says that tracing and compiling took. rest_s: the initial values,
-  the evaluation before the first step, that step.
+  the evaluation before the first step, that step. processor_s: of all threads.
   """
+  used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+  before = used()
   env = os.environ | {"REPRISE_CACHE": str(cache), "JAX_LOG_COMPILES": "1"}
   start = time.perf_counter()
   process = subprocess.Popen([*COMMAND, f"--workdir={workdir}"], env=env, stderr=subprocess.PIPE, text=True)
@@ -65,7 +69,8 @@ def first_step(cache: Path, workdir: Path) -> dict[str, float]:
   finally:
     process.kill()
     process.wait()
-  return {"total_s": now, "start_s": traced, "compile_s": compiled, "rest_s": now - traced - compiled}
+  parts = {"start_s": traced, "compile_s": compiled, "rest_s": now - traced - compiled}
+  return {"total_s": now, **parts, "processor_s": used() - before}
 
 
 def main():
@@ -81,9 +86,10 @@ def main():
   rows = []
   print(f"seconds, medians of {RUNS}; goals: {GOALS['research']:g} for research, {GOALS['cold']:g} cold")
   for name in MODULES:
-    took = [of[name] for of in imported]
-    rows.append({"import": name, "total_s": statistics.median(took), "min_s": min(took), "max_s": max(took)})
-    print(f"import {name}: {rows[-1]['total_s']:.2f}  ({min(took):.2f} to {max(took):.2f})")
+    took, processor = zip(*(of[name] for of in imported), strict=True)
+    total, used = statistics.median(took), statistics.median(processor)
+    rows.append({"import": name, "total_s": total, "processor_s": used, "min_s": min(took), "max_s": max(took)})
+    print(f"import {name}: {total:.2f}  processor {used:.2f}  (totals {min(took):.2f} to {max(took):.2f})")
   for name, parts in starts.items():
     row = {part: statistics.median(p[part] for p in parts) for part in parts[0]}
     totals = [p["total_s"] for p in parts]
