@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import cpu, data, fit, paths, run, runs, writers
+from research import config, cpu, data, fit, paths, run, runs, writers
 from research import mesh as meshes
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
@@ -51,7 +51,7 @@ def main() -> None:
   check(args.row is None or 0 <= args.row < cfg.batch, "row", args.row, f"a batch has the rows 0 to {cfg.batch - 1}")
   run.compilation_cache()
   with run.double(cfg.x64):
-    mesh, exp = run.prepare(run.config.experiment_module(cfg.experiment).build, cfg)
+    mesh, exp = run.prepare(config.experiment_module(cfg.experiment).build, cfg)
     with jax.set_mesh(mesh):
       same = show(replay(paths.parse(args.workdir), name, cfg, mesh, exp, args.step), args.step, args.row)
   if not same:
