@@ -10,6 +10,7 @@ from typing import Any
 from research import config, data, paths, report, runs
 from research.data import TextConfig, Tokenizer
 from research.errors import UserError, check
+from research.generation import Sampling
 from research.models import convert
 
 
@@ -22,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--tokenizer", metavar="NAME", help="of --weights: bytes, or hf:PATH (default: hf:DIR/tokenizer.json)"
   )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+  """--temperature, --top_k, --top_p and --seed; `sampling` reads them."""
+  default = Sampling()
+  parser.add_argument("--temperature", type=float, default=default.temperature, metavar="T", help="0: the likeliest")
+  parser.add_argument("--top_k", type=int, default=default.top_k, metavar="K", help="of the K likeliest (default: all)")
+  parser.add_argument("--top_p", type=float, default=default.top_p, metavar="P", help="of the likeliest with this sum")
+  parser.add_argument("--seed", type=int, default=0)
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+  """How to draw. Raises UserError, also for the seed."""
+  check(0 <= args.seed < 2**31, "seed", args.seed, "seeds lie in 0 .. 2^31-1")
+  return Sampling(args.temperature, args.top_k, args.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
