@@ -90,6 +90,9 @@ class Policies(nnx.Module):
 def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   """`cfg.batch` games of `cfg.length` responses, and their policies."""
   check(cfg.accumulate == 1, "accumulate", cfg.accumulate, "games are not split into micro-batches; use 1")
+  mixes = METHODS[table.method].opponent is tabular.mixture and table.rule != "own"
+  fix = f"times 4 / length={cfg.length} is the reference's share in this method's mixture, in [0, 1]"
+  check(not mixes or 4 * max(table.rates) <= cfg.length, "table.rates", table.rates, fix)
   load = functools.partial(draw, table.kinds, cfg.seed, cfg.batch, cfg.length, table.b)
   rule = RULES[table.rule]()
   each = lambda steps, theta: steps * jnp.asarray(table.rates, theta.dtype)[:, None, None]

@@ -129,13 +129,13 @@ def _tournament(cfg: RunConfig, task: TextTask, load, batch) -> dict[str, Any]:
     options = {"tokens": cfg.data.response_tokens, "stop": (cfg.data.stop,), "seed": cfg.seed}
     sampling = Sampling(top_k=task.top_k, top_p=task.top_p)
     made = {}
-    for name in task.players:
+    for i, name in enumerate(task.players):
       try:
         directory = siblings[-1](name)
       except UserError:  # the command left it out
         continue
       player = _trained(cfg, directory)
-      made[name] = win_rates.responses(player, batches, each=task.responses, sampling=sampling, **options)
+      made[name] = win_rates.responses(player, batches, each=task.responses, sampling=sampling, player=i, **options)
     found = win_rates.matrix(judge.oracle(model, cfg.data.stop), batches, made)
     rates = {f"rate/{a}/{b}": rate for (a, b), (rate, _) in found.items()}
     return rates | {f"error/{a}/{b}": error for (a, b), (_, error) in found.items()} | {"prompts": len(source)}

@@ -27,16 +27,20 @@ def responses(
   stop: tuple[int, ...],
   sampling: Sampling,
   seed: int = 0,
+  player: int = 0,
 ) -> list[list[Responses]]:
-  """`each` responses to every prompt, [batch][response]; what a model gets depends on the seed and the place alone.
+  """`each` responses to every prompt, [batch][response]; what a model gets depends on seed, player and place alone.
 
+  player: a number of its own for each model that is to meet others. Of the same random numbers two models make
+  answers that hang together, and where preferences go in circles that moves their win rate, at times by points.
   batches: prompts int32 [rows, length], padded on the left, and lengths int32 [rows], this process's rows of numpy
   arrays as a loader has them.
   """
   make = jax.jit(functools.partial(draw, Policy(sampling), tokens=tokens, stop=stop))
   out = []
+  start = jax.random.fold_in(jax.random.key(seed), player)
   for i, batch in enumerate(batches):
-    key = jax.random.fold_in(jax.random.key(seed), i)
+    key = jax.random.fold_in(start, i)
     rows = to_devices({name: batch[name] for name in ("prompts", "lengths")})
     one = lambda j, rows=rows, key=key: make(model, model, rows["prompts"], rows["lengths"], jax.random.fold_in(key, j))
     out.append([jax.block_until_ready(one(j)) for j in range(each)])

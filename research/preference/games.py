@@ -29,8 +29,9 @@ def win_rates(preferences: jax.Array, log_policy: jax.Array) -> jax.Array:
 
 
 def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """KL(p || q) in nats, [...]."""
-  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  """KL(p || q) in nats, [...]; 0 log 0 is 0, so that p may leave responses out, as `nash` does."""
+  p = jnp.exp(log_p)
+  return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1)
 
 
 def value(

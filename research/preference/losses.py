@@ -169,9 +169,19 @@ def extrapolated(logp: jax.Array, previous: jax.Array, coefficient: float) -> ja
   return jax.lax.stop_gradient(logp + coefficient * (logp - previous))
 
 
-def kto_baseline(logp: jax.Array, reference: jax.Array, mask: jax.Array, *, reduce: Reduce = "sum") -> Mean:
-  """d over responses to other rows' prompts, [batch, length]: add up over the batch; `kto` takes its value."""
-  return over_rows(jax.lax.stop_gradient(log_ratio(logp, reference, mask, reduce)))
+def kto_baseline(
+  logp: jax.Array,
+  reference: jax.Array,
+  mask: jax.Array,
+  *,
+  weights: jax.Array | None = None,
+  reduce: Reduce = "sum",
+) -> Mean:
+  """d over responses to other rows' prompts, [batch, length]: add up over the batch; `kto` takes its value.
+
+  weights: [batch], 0 for rows that are padding, as in `over_rows`.
+  """
+  return over_rows(jax.lax.stop_gradient(log_ratio(logp, reference, mask, reduce)), weights)
 
 
 def kto(
@@ -189,9 +199,20 @@ def kto(
   return weight * jax.nn.sigmoid(-b * sign * (d - z))
 
 
-def bco_shift(logp: jax.Array, reference: jax.Array, mask: jax.Array, *, b: float, reduce: Reduce = "sum") -> Mean:
-  """b d over a batch. The sum over all batches so far, this one among them, gives the running mean `bco` takes."""
-  return over_rows(jax.lax.stop_gradient(b * log_ratio(logp, reference, mask, reduce)))
+def bco_shift(
+  logp: jax.Array,
+  reference: jax.Array,
+  mask: jax.Array,
+  *,
+  b: float,
+  weights: jax.Array | None = None,
+  reduce: Reduce = "sum",
+) -> Mean:
+  """b d over a batch. The sum over all batches so far, this one among them, gives the running mean `bco` takes.
+
+  weights: [batch], 0 for rows that are padding; density ratios are not for the shift.
+  """
+  return over_rows(jax.lax.stop_gradient(b * log_ratio(logp, reference, mask, reduce)), weights)
 
 
 def bco(logp, reference, desirable, mask, shift, *, b: float, reduce: Reduce = "sum") -> jax.Array:

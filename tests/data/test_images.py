@@ -45,6 +45,34 @@ def tar(root, count=30, classes=3):
   return f"tar:{root}"
 
 
+def tfds(root, name, sizes, labels):
+  """A prepared dataset with so many pictures in each split."""
+  import tensorflow_datasets as lib
+
+  features = lib.features.FeaturesDict(
+    {"image": lib.features.Image(shape=(12, 12, 3)), "label": lib.features.ClassLabel(names=labels)}
+  )
+
+  def examples(start, size):
+    for i in range(start, start + size):
+      path = root / f"{i}.png"  # as a file: an encoder of arrays needs TensorFlow
+      path.write_bytes(as_png(picture(i)))
+      yield i, {"image": str(path), "label": i % len(labels)}
+
+  starts = np.cumsum([0, *sizes.values()]).tolist()
+  members = {
+    "VERSION": lib.core.Version("1.0.0"),
+    "_info": lambda self: lib.core.DatasetInfo(builder=self, features=features),
+    "_split_generators": lambda self, _: dict(zip(sizes, map(examples, starts, sizes.values()), strict=True)),
+    "_generate_examples": lambda self: None,
+    "name": name,
+  }
+  root.mkdir(exist_ok=True)
+  with lib.core.registered.skip_registration():
+    builder = type(name.capitalize(), (lib.core.GeneratorBasedBuilder,), members)
+  builder(data_dir=root, file_format="array_record").download_and_prepare()
+
+
 def rows(data, split):
   return [data.splits[split][i] for i in range(len(data.splits[split]))]
 
@@ -69,25 +97,7 @@ def test_pixels_and_labels_of_a_source_are_those_written(tmp_path, make):
 
 
 def test_a_dataset_of_tfds_is_read_without_tensorflow(tmp_path):
-  import tensorflow_datasets as lib
-
-  features = lib.features.FeaturesDict(
-    {"image": lib.features.Image(shape=(12, 12, 3)), "label": lib.features.ClassLabel(names=["a", "b"])}
-  )
-  members = {
-    "VERSION": lib.core.Version("1.0.0"),
-    "_info": lambda self: lib.core.DatasetInfo(builder=self, features=features),
-    "_split_generators": lambda self, _: {
-      split: ((i, {"image": as_png(picture(i)), "label": i % 2}) for i in ids)
-      for split, ids in {"train": range(20), "test": range(20, 25)}.items()
-    },
-    "_generate_examples": lambda self: None,
-    "name": "dots",
-  }
-  members["_split_generators"] = _with_files(tmp_path, members["_split_generators"])
-  with lib.core.registered.skip_registration():
-    builder = type("Dots", (lib.core.GeneratorBasedBuilder,), members)
-  builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  tfds(tmp_path, "dots", {"train": 20, "test": 5}, ("a", "b"))
   data = images.load(ImageConfig(f"tfds:dots?dir={tmp_path}", size=12, channels=3))
   assert data.classes == ("a", "b")
   assert {split: len(x) for split, x in data.splits.items()} == {"train": 20, "validation": 5}
@@ -95,21 +105,6 @@ def test_a_dataset_of_tfds_is_read_without_tensorflow(tmp_path):
   assert found == {picture(i).tobytes(): i % 2 for i in range(20, 25)}
   with pytest.raises(UserError, match="no field x; choose one"):
     images.load(ImageConfig(f"tfds:dots?dir={tmp_path}&image=x"))
-
-
-def _with_files(root, generators):
-  """Images given as bytes are written out: that encoder needs no TensorFlow."""
-
-  def split_generators(self, downloads):
-    def written(examples):
-      for i, example in examples:
-        path = root / f"{i}.png"
-        path.write_bytes(example["image"])
-        yield i, {**example, "image": str(path)}
-
-    return {split: written(examples) for split, examples in generators(self, downloads).items()}
-
-  return split_generators
 
 
 def test_adding_images_moves_none_between_the_splits(tmp_path):

@@ -57,15 +57,17 @@ def test_what_a_model_answers_depends_on_the_seed_and_ends_with_the_stop():
   cfg = small.varied(vocab=8, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
   with small.use():
     model = jax.tree.map(lambda x: 3 * x, Transformer(jax.random.key(0), cfg))
-    make = lambda seed: win_rates.responses(
-      model, batches(), each=2, tokens=5, stop=(3,), sampling=Sampling(top_k=6), seed=seed
+    make = lambda seed, player=0: win_rates.responses(
+      model, batches(), each=2, tokens=5, stop=(3,), sampling=Sampling(top_k=6), seed=seed, player=player
     )
-    first, again, other = make(0), make(0), make(1)
+    first, again, other, opponent = make(0), make(0), make(1), make(0, player=1)
   assert len(first) == 1
   assert len(first[0]) == 2
   tokens = lambda made: np.stack([np.asarray(y.tokens) for y in made[0]])
   np.testing.assert_array_equal(tokens(first), tokens(again))
   assert (tokens(first) != tokens(other)).any()
+  # a model that meets itself does not meet its own answers: a win rate is that of independent ones
+  assert (tokens(first) != tokens(opponent)).any()
   assert (tokens(first)[0] != tokens(first)[1]).any()
   for ids, mask in zip(tokens(first)[0], np.asarray(first[0][0].mask), strict=True):
     assert 3 not in ids[: int(mask.sum()) - 1]

@@ -83,6 +83,15 @@ def test_rock_paper_scissors_is_won_by_nobody_and_a_transitive_game_by_the_best(
   np.testing.assert_allclose(best, [0, 1, 0], atol=1e-12)
 
 
+def test_a_response_that_is_never_played_costs_no_kl():
+  uniform, pure = np.log(np.full(3, 1 / 3)), np.array([0.0, -np.inf, -np.inf])
+  np.testing.assert_allclose(games.kl(pure, uniform), np.log(3))
+  p, b = matrices.cyclic(3), 0.1  # the first beats the third and loses to the second
+  np.testing.assert_allclose(games.value(p, pure, uniform, uniform, b), 0.5 - b * np.log(3))
+  expected = 2 * b * np.log((np.exp(0.5 / b) + np.exp(1 / b) + 1) / 3) + 2 * b * np.log(3) - 1
+  np.testing.assert_allclose(games.duality_gap(pure, uniform, games.win_rates(p, pure), b), expected)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_linear_program_is_recorded_and_nashpys(seed):
   p = GOLDEN[f"{seed}/P"].astype(np.float64)

@@ -86,6 +86,15 @@ def test_micro_batches_add_up_to_the_batch(name):
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+def test_rows_that_are_padding_move_neither_ktos_baseline_nor_bcos_shift():
+  logp, reference, _, mask = (x[:, 0] if x.ndim == 3 else x for x in data())
+  weights = np.repeat([1.0, 0.0], [5, 3])
+  for f in (losses.kto_baseline, functools.partial(losses.bco_shift, b=0.3)):
+    kept, whole = f(logp[:5], reference[:5], mask[:5]).value, f(logp, reference, mask).value
+    np.testing.assert_allclose(f(logp, reference, mask, weights=weights).value, kept, rtol=1e-12)
+    assert abs(float(whole - kept)) > 1e-3
+
+
 def test_a_shift_of_each_micro_batch_would_change_the_gradients():
   whole = data()
   parts = [tuple(x[at : at + 4] for x in whole) for at in (0, 4)]

@@ -54,27 +54,29 @@ def test_dpos_optimum_on_transitive_preferences_is_the_reference_tilted_by_the_s
 def test_squared_losses_have_their_closed_optima(loss):
   """Each on all pairs with the sampler's weights: the mirror step or best response that the paper derives from it."""
   log_r, p = space()
-  _, tau, eta = 4, 0.6, 0.9
+  tau, eta = 0.6, 0.9
   previous = np.log([0.1, 0.4, 0.3, 0.2])
   mu = np.exp(previous)  # of which opponents, or pairs, are drawn
   q = p @ mu
   i, j = np.array(every_pair()).T
   normal = lambda z: z - np.logaddexp.reduce(z)
   of = lambda x: np.asarray(x)[np.array(every_pair())][..., None]
-  uniform = np.ones(16)
+  uniform, drawn = np.ones(16), mu[i] * mu[j]
   ones = lambda logp: jnp.ones_like(logp)
-  if loss == "ipo":  # a soft target against one opponent a row is the best response to all of them together
-    rows = lambda logp, ref: losses.ipo(logp, ref, 0.5 + (q[i] - q[j]) / 1, ones(logp), b=tau)
+  # Labels are of the pair alone, and no policy has all their contrasts: of pairs that mu draws, the best fit has
+  # those of the win rates against mu.
+  weights, labels = drawn, p[i, j]
+  if loss == "ipo":  # the best response to mu
+    rows = lambda logp, ref: losses.ipo(logp, ref, labels, ones(logp), b=tau)
     expected = normal(log_r + q / tau)
   elif loss == "ipo_against":
     rows = lambda logp, ref: losses.ipo_against(logp, ref, np.stack([q[i], q[j]], 1), ones(logp), b=tau)
-    expected = np.asarray(games.best_response(q, log_r, tau))
+    weights, expected = uniform, np.asarray(games.best_response(q, log_r, tau))
   elif loss == "inpo":
-    # INPO's paper: for pairs of pi_t the target h's conditional mean is the difference of win rates
-    rows = lambda logp, ref: losses.inpo(logp, ref, of(previous), 0.5 + q[i] - q[j], ones(logp), eta=eta, b=tau)
+    rows = lambda logp, ref: losses.inpo(logp, ref, of(previous), labels, ones(logp), eta=eta, b=tau)
     expected = normal((tau / eta) * log_r + (1 - tau / eta) * previous + q / eta)
   elif loss == "onpo":
-    rows = lambda logp, ref: losses.onpo(logp, of(previous), 0.5 + q[i] - q[j], ones(logp), eta=eta)
+    rows = lambda logp, ref: losses.onpo(logp, of(previous), labels, ones(logp), eta=eta)
     expected = normal(previous + eta * q)
   else:
     rows = lambda logp, ref: losses.sppo(logp, of(previous), np.stack([q[i], q[j]], 1), ones(logp), b=1 / eta)
@@ -82,7 +84,7 @@ def test_squared_losses_have_their_closed_optima(loss):
     d = found - previous  # single responses: the normaliser is fitted too, and not exactly
     np.testing.assert_allclose(d - d.mean(), eta * (q - q.mean()), atol=0.05)
     return
-  np.testing.assert_allclose(minimised(rows, log_r, every_pair(), uniform), expected, atol=1e-6)
+  np.testing.assert_allclose(minimised(rows, log_r, every_pair(), weights), expected, atol=1e-6)
 
 
 def test_coin_tosses_have_the_gradient_of_the_probability():
@@ -133,6 +135,32 @@ def test_distillation_ends_at_its_teacher_and_imitation_at_its_text():
   np.testing.assert_allclose(rows, expected, atol=1e-12)  # at the base there is no KL
   wins = np.array([[[0.5, 0.9, 0.4], [0.1, 0.5, 0.3], [0.6, 0.7, 0.5]]])
   assert distillation.best_of(wins).tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["aligndistil", "superhf"])
+def test_losses_on_logits_are_of_rows_alone_read_no_padding_and_teach_the_student_only(name):
+  rng = np.random.default_rng(0)
+  z, other, another = rng.normal(size=(3, 4, 3, 5))
+  mask = np.array([[1.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])  # an empty response among them
+  if name == "aligndistil":
+    f = lambda z, other, m: distillation.aligndistil(z, other, another[: len(m)], m, b=0.1, scale=10.0)
+  else:
+    f = lambda z, other, m: distillation.superhf(z, other, np.ones(m.shape, int), m, b=0.3)
+  of = jax.jit(jax.value_and_grad(lambda z, other, m: jnp.sum(f(z, other, m)), argnums=(0, 1)))
+  value, (grad, none) = of(z, other, mask)
+  assert np.isfinite(value)
+  assert np.abs(grad[0]).min() > 0
+  np.testing.assert_array_equal(none, 0)
+  np.testing.assert_array_equal(np.asarray(grad)[mask == 0], 0)
+  spoilt = np.where(mask[..., None] > 0, z, np.nan), np.where(mask[..., None] > 0, other, np.nan)
+  again, (grad_again, _) = of(*spoilt, mask)
+  np.testing.assert_allclose(again, value, atol=1e-12)
+  np.testing.assert_allclose(grad_again, grad, atol=1e-12)
+  rows = f(z, other, mask)
+  np.testing.assert_allclose(
+    np.concatenate([rows[:3], f(z[:3], other[:3], mask[:3])]), np.tile(rows[:3], 2), atol=1e-12
+  )
+  assert float(rows[2]) == 0
 
 
 def test_apos_momentum_extrapolates_and_gives_no_gradient():

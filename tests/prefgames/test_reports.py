@@ -81,7 +81,7 @@ def test_the_pipeline_on_text_is_told_by_stage_and_by_pairs_of_methods(tmp_path,
   assert results["arms"]["egpo"]["queries"] == 4 * 32 * 60
   assert results["arms"]["online_dpo"]["queries"] == 32 * 60
   assert results["arms"]["judge"]["accuracy"] == {"0": 0.9}
-  assert {"row": "egpo", "column": "sft", "seed": 0, "rate": 0.56, "error": 0.016} in results["tournament"]
+  assert results["tournament"]["egpo"]["sft"] == {"rate": {"0": 0.56}, "error": {"0": 0.016}}
   told = capsys.readouterr().out
   assert "56.0 ± 1.6 %" in told
   assert "prefers the chosen one: 0.9000" in told

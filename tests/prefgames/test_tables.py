@@ -151,6 +151,12 @@ def test_a_bad_setting_is_told_by_its_name(override, field):
     config.load("experiments/prefgames/configs/tabular.py", override.split())
 
 
+def test_a_mixtures_share_is_checked_under_another_rule_too():
+  table = TableConfig(method="nash_md", rule="sgd", rates=(0.1, 3.0))
+  with pytest.raises(UserError, match=r"table.rates=.*: times 4 / length=10 is the reference's share"):
+    build(Config(table=table, batch=8))
+
+
 @pytest.mark.parametrize(
   ("change", "field"), [({"batch": 9}, "batch"), ({"length": 2}, "length"), ({"accumulate": 2}, "acc")]
 )

@@ -45,9 +45,9 @@ def test_one_command_goes_from_nothing_to_a_tournament(tmp_path):
     "online_ipo_policy": "online",
   }
   assert found["arms"]["online_ipo_policy"]["queries"] == 2 * 8
-  rates = {(r["row"], r["column"]): r["rate"] for r in found["tournament"]}
-  assert rates["sft", "online_ipo_policy"] + rates["online_ipo_policy", "sft"] == pytest.approx(1)
-  assert all(r["error"] > 0 for r in found["tournament"])
+  there, back = found["tournament"]["sft"]["online_ipo_policy"], found["tournament"]["online_ipo_policy"]["sft"]
+  assert there["rate"]["0"] + back["rate"]["0"] == pytest.approx(1)
+  assert there["error"]["0"] == back["error"]["0"] > 0
   assert found["prompts"] <= 8
   assert (tmp_path / "run/report/text.png").stat().st_size > 10_000
   assert results["data"]["sft"]["rows"]["train"] + results["data"]["sft"]["rows"]["validation"] == 60

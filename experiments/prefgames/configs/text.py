@@ -9,7 +9,7 @@ the sft's learning rate and all numbers of steps (the code counts epochs of prom
 `:1b5` has the shape of Qwen2.5-1.5B and `:2b` that of Gemma-2-2B; the zoo has neither the former's biases of queries,
 keys and values nor the latter's soft caps, windows, second norms and GELU, so these are Llamas of those sizes: their
 weights cannot be read, a Llama's can. Set `model` to fit `init_from`; a table says what differs.
-Cost: about 15 minutes on 2 CPU cores for three seeds; `:1b5` and `:2b` a pod, days.
+Cost: about half an hour on 2 busy CPU cores for three seeds; `:1b5` and `:2b` a pod, days.
 
   python -m experiments.prefgames --config=experiments/prefgames/configs/text.py
   python -m experiments.prefgames --config=experiments/prefgames/configs/text.py:1b5 --config.init_from=DIR \

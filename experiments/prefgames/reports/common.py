@@ -78,8 +78,14 @@ def _floored(value: float) -> float:
 
 
 def legend_below(fig, ax, columns: int = 4) -> None:
-  """One legend for all panels, under them: over the data there is no room."""
+  """One legend for all panels, under them: over the data there is no room. Fewer columns where the figure is narrow."""
+  columns = min(columns, int(fig.get_figwidth() / 2.5))
   fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def seeds(cfg: RunConfig) -> str:
+  """How many there are, in words."""
+  return f"{len(cfg.seeds)} seeds" if len(cfg.seeds) > 1 else "one seed"
 
 
 def matrix(fig, ax, rates, names, errors=None) -> None:
@@ -94,7 +100,7 @@ def matrix(fig, ax, rates, names, errors=None) -> None:
   ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
   ax.set_yticks(range(len(names)), names, fontsize=8)
   ax.spines[:].set_visible(False)
-  fig.colorbar(image, ax=ax, shrink=0.75)
+  fig.colorbar(image, ax=ax, shrink=0.75, format=lambda rate, _: f"{100 * rate:.0f}")
 
 
 def spread(by_seed: Mapping[int, float]) -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import FLOOR, by_arm
+from experiments.prefgames.reports.common import FLOOR, by_arm, seeds
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -41,7 +41,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     ax.legend(frameon=False, fontsize=8)
   np.atleast_1d(axes)[0].set_ylabel("KL(equilibrium ‖ policy), median over games")
   fig.suptitle(
-    f"EGPO, {cfg.batch} random games a seed, mean of {len(cfg.seeds)} seed(s); dotted: (1 − η b) to the updates",
+    f"EGPO, {cfg.batch} random games a seed, mean of {seeds(cfg)}; dotted: (1 − η b) to the updates",
     fontsize=10,
   )
   parts.write_results(workdir, {"arms": results, "games": cfg.batch})

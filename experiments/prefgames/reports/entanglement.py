@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, spread
+from experiments.prefgames.reports.common import by_arm, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -53,8 +53,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     ax.legend(frameon=False, fontsize=8)
   for ax in axes[:2]:
     ax.set(ylabel="share of pairs", ylim=(-0.03, 1.03))
-  seeds = len(next(iter(found["wrong"].values())))
-  fig.suptitle(f"{cfg.batch} pairs a seed, a policy each; means over {seeds} seed(s)", fontsize=10)
+  fig.suptitle(f"{cfg.batch} pairs a seed, a policy each; means over {seeds(cfg)}", fontsize=10)
   header = ["loss", "tokens that differ", "first step wrong: predicted", "measured", "signs predicted right"]
   header += ["chosen below its start at the end", "chosen, change in nats", "rejected, change in nats"]
   parts.finish(workdir, fig, "entanglement.png", parts.table(header, rows))

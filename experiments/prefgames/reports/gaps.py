@@ -44,8 +44,8 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       ax.set(yscale="log", title=f"{KINDS[kind]}, b = {b:g}", xlabel=_axis(x, cfg))
     line[0].set_ylabel("duality gap, median over games")
   legend_below(fig, axes[0, 0])
-  each = cfg.batch // len(kinds)
-  fig.suptitle(f"{each} games a seed, {parts.over_seeds(gaps[kinds[0]])}; dashed: above it a game has failed")
+  told = f"{cfg.batch // len(kinds)} games a seed, {parts.over_seeds(gaps[kinds[0]])};"
+  fig.suptitle(told + (" " if len(bs) > 1 else "\n") + "dashed: above it a game has failed")
   header = ["method", "b", "updates"]
   header += [f"{KINDS[kind]}: {what}" for kind in kinds for what in ("median gap", "failed (± SD)")]
   parts.finish(workdir, fig, "gaps.png", parts.table(header, rows))

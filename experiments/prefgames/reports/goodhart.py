@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, legend_below, method, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, method, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -38,10 +38,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     ax.set(title=f"τ = {tau:g}", xlabel="KL to the reference, nats")
   np.atleast_1d(axes)[0].set_ylabel("golden win rate against the reference")
   legend_below(fig, np.atleast_1d(axes)[0], 3)
-  seeds = len(found["win_rate", taus[0]][arms[0]])
-  fig.suptitle(
-    f"IPO; {cfg.batch} worlds a seed, means over {seeds} seed(s); a line is a run, from the left", fontsize=10
-  )
+  fig.suptitle(f"IPO; {cfg.batch} worlds a seed, means over {seeds(cfg)}; a line is a run, from the left", fontsize=10)
   header = ["pairs and labels", "most won, any tau and time (± SD)"]
   header += [
     f"{words} at the end, τ = {taus[-1]:g}" for words in ("win rate", "KL", "recorded labels classified right")

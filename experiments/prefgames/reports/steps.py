@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, legend_below, method, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, method, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -55,7 +55,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   legend_below(fig, column[0], 3)
   what = {"class": "exact argmin over a finite class", "softmax": "free softmax, gradient descent"}
   what["tokens"] = "free logits of every prefix, gradient descent"
-  told = f"{what[cfg.bandit.policies]}; {cfg.batch} runs a seed, median of {len(cfg.seeds)} seed(s); dashed: the budget"
+  told = f"{what[cfg.bandit.policies]}; {cfg.batch} runs a seed, median of {seeds(cfg)}; dashed: the budget"
   fig.suptitle(told, fontsize=10)
   header = ["algorithm", "bits" if lock else "rare responses"]
   header += [f"b = {b:g}: {what}" for b in bs for what in ("share (± SD)", "median comparisons by seed")]

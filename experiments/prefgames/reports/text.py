@@ -23,7 +23,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   losses, accuracy, win_rates = (parts.curves(workdir, name, needed=False) for name in ("loss", "accuracy", "win_rate"))
   wins, prompts = _tournament(workdir, [arm for arm, stage in stages.items() if stage == "tournament"])
   final = {name: parts.final(curves) for name, curves in (("loss", losses), ("accuracy", accuracy))}
-  results, rows = {"arms": {}, "tournament": [], "prompts": prompts}, []
+  results, rows = {"arms": {}, "tournament": {}, "prompts": prompts}, []
   for arm, single in singles.items():
     if arm not in losses or stages[arm] == "tournament":
       continue
@@ -39,12 +39,10 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
       cells.append(_against_sft(wins, arm))
     rows.append([*cells, *[""] * (4 - len(cells)), f"{about.get('queries', 0):,}" if "queries" in about else ""])
     results["arms"][arm] = about
-  results["tournament"] = [
-    {"row": a, "column": b, "seed": seed, "rate": rate, "error": error}
-    for (a, b), by_seed in wins.items()
-    for seed, (rate, error) in by_seed.items()
-    if a != b
-  ]
+  for (a, b), by_seed in wins.items():
+    if a != b:
+      rates, errors = ({seed: told[i] for seed, told in by_seed.items()} for i in range(2))
+      results["tournament"].setdefault(a, {})[b] = {"rate": rates, "error": errors}
   parts.write_results(workdir, results)
 
   fig, axes = parts.figure(3)
@@ -55,8 +53,8 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   if win_rates:
     axes[1].axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
   _matrix(fig, axes[2], wins, prompts)
-  seeds = f"{len(cfg.seeds)} seeds" if len(cfg.seeds) > 1 else "one seed"
-  fig.suptitle(f"{cfg.data.source}: {cfg.model.layers} layers of width {cfg.model.width}, {seeds}", fontsize=11)
+  told = f"{cfg.data.source}: {cfg.model.layers} layers of width {cfg.model.width}, {common.seeds(cfg)}"
+  fig.suptitle(told, fontsize=11)
   header = ["stage or method", "updates", "validation loss", "win rate against the sft model, ± standard error"]
   parts.finish(workdir, fig, "text.png", parts.table([*header, "preferences asked for"], rows))
 
@@ -99,7 +97,6 @@ def _lines(ax, curves, ylabel: str, names: dict[str, str]) -> None:
 def _matrix(fig, ax, wins, prompts: int) -> None:
   """Who beats whom, in per cent with the standard error, rows against columns."""
   names = list(dict.fromkeys(a for a, _ in wins))
-  ax.grid(False)
   if not names:
     ax.text(0.5, 0.5, "no tournament yet", ha="center", va="center", transform=ax.transAxes, color="grey")
     return
