@@ -29,8 +29,8 @@ from launch import topology
 from launch.planner import shard_bytes
 from research import cpu, optim
 from research.config import RunConfig
-from research.fit import Experiment, abstract_batch, abstract_state, fresh_state, jit_step, on_devices, to_devices
-from research.mesh import MeshConfig, make_mesh
+from research.fit import Experiment, abstract_batch, abstract_state, fresh_state, jit_step
+from research.mesh import MeshConfig, make_mesh, on_devices, to_devices
 from research.metrics import Mean
 from research.models import llamagen
 from research.models.llamagen import LlamaGen, LlamaGenConfig

@@ -19,7 +19,8 @@ import jax
 
 from benchmarks import record
 from research import config, cpu, data, run
-from research.fit import abstract_state, fresh_state, jit_step, to_devices
+from research.fit import abstract_state, fresh_state, jit_step
+from research.mesh import to_devices
 from research.tools import tokenize
 
 GOAL, WAIT_GOAL = 1e6, 0.01  # tokens / s, share of a step

@@ -3,7 +3,6 @@
 import datetime
 from importlib.metadata import version
 import json
-import os
 from pathlib import Path
 import platform
 import shlex
@@ -17,6 +16,8 @@ def write(path: str | Path, name: str, rows: list[dict]) -> None:
   A benchmark of an accelerator names it in its rows: asking jax here would start a
   backend, and on a TPU machine seize it, for benchmarks that need none.
   """
+  from research import manifest  # imports jax, which some benchmarks set up before they do
+
   record = {
     "name": name,
     "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -24,8 +25,7 @@ def write(path: str | Path, name: str, rows: list[dict]) -> None:
     "date": datetime.date.today().isoformat(),
     "python": platform.python_version(),
     "jax": version("jax"),
-    "cpu": _cpu(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    **manifest.cpu(),
     "rows": rows,
   }
   Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +39,3 @@ def _commit() -> str:
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
-
-
-def _cpu() -> str:
-  try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    lines = []
-  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -62,8 +62,8 @@ def reprise(shape: Shape, weights: None):
 
   from research import cpu, optim
   from research.config import RunConfig
-  from research.fit import Experiment, abstract_state, fresh_state, jit_step, to_devices
-  from research.mesh import MeshConfig, make_mesh
+  from research.fit import Experiment, abstract_state, fresh_state, jit_step
+  from research.mesh import MeshConfig, make_mesh, to_devices
   from research.models.decoder import next_token_loss
   from research.models.transformer import Transformer, TransformerConfig
 

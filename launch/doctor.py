@@ -32,7 +32,7 @@ import uuid
 from launch import command, job, tpu_vm
 from research import manifest, paths
 from research import run as runs
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 LOCK = pathlib.Path("/tmp/libtpu_lockfile")
 PORTS = (8476, 8482)  # libtpu's between processes, and jax's coordinator on a TPU VM
@@ -228,7 +228,7 @@ def writable(workdir: str) -> Finding:
     same = (place / name).read_text() == name
     (place / name).unlink()
   except Exception as e:  # every kind of file system has its own
-    said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    said = f"{type(e).__name__}: {one_line(e)}"
     fix = "make room, or give this user the right to write: chown, chmod"
     if "://" in workdir:
       bucket = "/".join(workdir.split("/")[:3])

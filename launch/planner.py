@@ -23,11 +23,10 @@ from research.fit import (
   abstract_state,
   if_any,
   jit_step,
-  on_devices,
 )
 from research.kernels.attention import splash
 from research.kernels.lightning_attention import pallas_gpu
-from research.mesh import BATCH
+from research.mesh import BATCH, on_devices
 from research.tools.params import path_name
 
 GIB = 2**30
@@ -282,7 +281,7 @@ def suggest(whole: Plan, cfg: config.RunConfig, pod: Topology) -> list[tuple[str
   tried = []
   for overrides in candidates:
     try:
-      single = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+      single = config.changed(cfg, overrides)
       found = plan(whole.config, whole.arm, single, pod, fixes=False)
     except UserError:
       continue  # a size that does not divide

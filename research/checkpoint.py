@@ -21,12 +21,12 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 from typing import Any
 import warnings
 
-from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -37,6 +37,7 @@ from orbax.checkpoint import v1 as ocp
 from research import paths
 from research.errors import UserError, check
 
+_log = logging.getLogger(__name__)
 TEMPORARY = ".orbax-checkpoint-tmp"
 COMMITTED = "commit_success.txt"  # in a bucket
 
@@ -237,7 +238,7 @@ class Checkpoints:
   def _report(self, damaged: list[tuple[int, str]], outcome: str) -> None:
     for step, reason in damaged:
       self.reports.append(f"checkpoint step {step} is damaged ({reason}); {outcome}")
-      logging.warning("%s: %s", self.directory, self.reports[-1])
+      _log.warning("%s: %s", self.directory, self.reports[-1])
 
   def set_aside(self, *steps: int) -> None:
     """Renames steps to `<step>.damaged`: they neither count nor go, and can be saved again."""

@@ -22,7 +22,7 @@ def parameters(cfg: RunConfig, without: Collection[str] = ("embed", "head")) -> 
   """Parameters of a config's model but for those under the names `without`; nothing is allocated."""
   with jax.sharding.use_abstract_mesh(meshes.abstract_mesh(cfg.mesh, meshes.least_devices(cfg.mesh))):
     init = config.experiment_module(cfg.experiment).build(cfg).init
-    model = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    model = meshes.shapes_of(init)
   leaves = jax.tree_util.tree_leaves_with_path(model)
   return sum(x.size for path, x in leaves if not set(without) & {getattr(k, "name", "") for k in path})
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 from research.mesh import MeshConfig
 from research.optim import OptimizerConfig
 
@@ -170,6 +170,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
   return freeze(cls, override(cfg, cls, overrides))
 
 
+def changed(cfg: Any, overrides: Sequence[str]) -> Any:
+  """The frozen config `cfg` with each `path=value` set. Raises UserError."""
+  return freeze(type(cfg), override(as_configdict(cfg), type(cfg), overrides))
+
+
 def expand(cfg: RunConfig) -> list[tuple[str, RunConfig]]:
   """The (arm, config) of every single run of `cfg`: its arms x its seeds, arms outermost."""
   runs = []
@@ -251,7 +256,7 @@ def _get_config(path: str, arg: str) -> ConfigDict:
       if trace.tb_frame.f_code.co_filename == str(file):
         line = f" line {trace.tb_lineno}:"
       trace = trace.tb_next
-    raise UserError("config", path, f"{line} {type(e).__name__}: {' '.join(str(e).split())}".strip()) from e
+    raise UserError("config", path, f"{line} {type(e).__name__}: {one_line(e)}".strip()) from e
   check(isinstance(cfg, ConfigDict), "config", path, "get_config(arg) must return a ConfigDict; see config.defaults")
   return cfg
 

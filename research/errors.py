@@ -1,5 +1,7 @@
 """The one exception a user may see: a mistake told in a line."""
 
+from typing import Any
+
 
 class UserError(Exception):
   """A mistake of the user's: names the field, its value and the fix.
@@ -18,6 +20,17 @@ class UserError(Exception):
   def under(self, prefix: str) -> "UserError":
     """The same mistake, its field named from one level further out."""
     return UserError(f"{prefix}.{self.field}", self.value, self.fix)
+
+
+def one_line(error: BaseException) -> str:
+  """What a library's exception says, as a part of a message: on one line, its first 200 characters."""
+  return " ".join(str(error).split())[:200]
+
+
+def check_range(field: str, x: Any, stop: int) -> None:
+  """Raises UserError unless all of an array of whole numbers lie in 0 .. stop - 1."""
+  low, high = (x.min(), x.max()) if x.size else (0, 0)
+  check(low >= 0 and high < stop, field, int(low if low < 0 else high), f"must lie in 0 .. {stop - 1}")
 
 
 def check(ok: bool, field: str, value: object, fix: str) -> None:

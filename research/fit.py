@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax import P
 from jax import numpy as jnp
-import numpy as np
 import optax
 
 from research import optim
@@ -18,7 +17,7 @@ from research.checkpoint import Checkpoints
 from research.config import RunConfig
 from research.errors import check
 from research.hardware import peak_flops
-from research.mesh import BATCH
+from research.mesh import on_devices, row_spec, shapes_of, to_devices
 from research.metrics import Mean, add
 from research.writers import Writer
 
@@ -103,7 +102,7 @@ def init_state(exp: Experiment, key: jax.Array) -> TrainState:
 
 def abstract_state(exp: Experiment) -> TrainState:
   """`init_state` as ShapeDtypeStructs with NamedShardings on the current mesh; nothing is allocated."""
-  state = jax.eval_shape(functools.partial(init_state, exp), jax.eval_shape(lambda: jax.random.key(0)))
+  state = shapes_of(functools.partial(init_state, exp))
   mesh = jax.sharding.get_abstract_mesh()
   stands = dict(jax.tree_util.tree_leaves_with_path(state.model))
 
@@ -131,15 +130,8 @@ def fresh_state(exp: Experiment, abstract: TrainState, seed: int) -> TrainState:
 def abstract_batch(exp: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """A batch as it stands on the current mesh; nothing is read or allocated."""
   mesh = jax.sharding.get_abstract_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, _rows(x.ndim)))
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, row_spec(x.ndim)))
   return {name: place(x) for name, x in exp.batch().items()}
-
-
-def on_devices(tree: Any) -> Any:
-  """Abstract arrays, as from `abstract_state`, on the devices of the current mesh instead of an abstract one."""
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  return jax.tree.map(place, tree)
 
 
 def jit_step(exp: Experiment, cfg: RunConfig, state: TrainState):
@@ -305,17 +297,6 @@ class Evaluator:
     for name, f in self.exp.evals.items():
       values |= {f"{name}/{k}" if k else name: float(v) for k, v in f(model).items()}
     return values
-
-
-def to_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows as global arrays cut along the batch axes of the current mesh."""
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.make_array_from_process_local_data(jax.NamedSharding(mesh, _rows(x.ndim)), np.asarray(x))
-  return {name: place(x) for name, x in batch.items()}
-
-
-def _rows(ndim: int) -> P:
-  return P(BATCH, *[None] * (ndim - 1))
 
 
 def _restore(exp, cfg, abstract, data, checkpoints, resume, init_from) -> tuple[TrainState, int]:

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import check
-from research.kernels.dispatch import axis_size, place
+from research.kernels.dispatch import batch_shards, place
 from research.models.decoder import Decoder
 
 _MULTIPLE = 64  # prompts are padded to multiples of it, so that other lengths do not compile anew
@@ -58,7 +58,7 @@ def generate(
     check(len(prompt) > 0, "prompt", "''", "needs at least one token")
     check(all(0 <= t < vocab for t in prompt), "prompt", list(prompt)[:8], f"token ids lie in 0 .. {vocab - 1}")
   check(all(0 <= t < vocab for t in stop), "stop", list(stop), f"token ids lie in 0 .. {vocab - 1}")
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   rows = -(-len(prompts) // shards) * shards
   length = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
   padded = np.zeros((rows, length), np.int32)

@@ -14,7 +14,7 @@ import numpy as np
 
 from research.errors import check
 from research.generation import Sampling, sample
-from research.kernels.dispatch import axis_size, place
+from research.kernels.dispatch import batch_shards, place
 from research.mesh import BATCH
 from research.models.llamagen import LlamaGen
 from research.models.var import VAR
@@ -145,16 +145,19 @@ def _decoded(tokenizer, features):
   return jnp.clip(tokenizer.decode(features), -1, 1)
 
 
+def check_labels(labels: np.ndarray, classes: int) -> None:
+  """Raises UserError unless `labels` are a list of classes, of which the null class is number `classes`."""
+  ok = labels.ndim == 1 and labels.size > 0 and np.issubdtype(labels.dtype, np.integer)
+  check(ok, "labels", list(labels.shape), "give a list of whole numbers")
+  bad = labels[(labels < 0) | (labels > classes)].tolist()
+  check(not bad, "labels", bad[:4], f"classes lie in 0 .. {classes - 1}, and {classes} is the null class")
+
+
 def _rows(labels: Sequence[int], classes: int) -> np.ndarray:
   """Checked labels, filled up to a multiple of the mesh's batch shards."""
   labels = np.asarray(labels)
-  ok = labels.ndim == 1 and labels.size > 0 and np.issubdtype(labels.dtype, np.integer)
-  check(ok, "labels", list(labels.shape), "give a list of whole numbers")
-  bad = labels[(labels < 0) | (labels > classes)]
-  check(
-    bad.size == 0, "labels", bad[:4].tolist(), f"classes lie in 0 .. {classes - 1}, and {classes} is the null class"
-  )
-  shards = axis_size("replica") * axis_size("data")
+  check_labels(labels, classes)
+  shards = batch_shards()
   return np.concatenate([labels, np.zeros(-len(labels) % shards, labels.dtype)]).astype(np.int32)
 
 

@@ -94,7 +94,6 @@ def _launch(spec: str, overrides: list[str]) -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
   """The processor's name and the number of cores this process may use."""
-
   name = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():

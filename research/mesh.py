@@ -1,13 +1,14 @@
-"""Device meshes with explicit axes, and the named PartitionSpecs of the zoo.
+"""Device meshes with explicit axes, the named PartitionSpecs of the zoo, and how arrays come to stand under them.
 
 Axes: `replica` (pure data parallelism, between slices), `data` (data parallelism
 whose members also share the parameters: FSDP), `model` (tensor parallelism).
 Batches are cut along `replica` x `data`.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax import P
@@ -21,6 +22,11 @@ BATCH = ("replica", "data")  # the mesh axes that the batch axis is cut along
 # Activations stand under the same specs in every partition.
 TOKENS = P(BATCH, None)  # [batch, length]
 HIDDEN = P(BATCH, None, None)  # [batch, length, width]
+
+
+def row_spec(ndim: int) -> P:
+  """Of an array [batch, ...] whose batch is cut, and nothing else."""
+  return P(BATCH, *[None] * (ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +138,25 @@ def abstract_mesh(cfg: MeshConfig, n_devices: int = 1) -> jax.sharding.AbstractM
   return jax.sharding.AbstractMesh(
     tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES)
   )
+
+
+def shapes_of(make: Callable[[jax.Array], Any]) -> Any:
+  """What `make(key)` gives, as ShapeDtypeStructs; nothing is allocated."""
+  return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def on_devices(tree: Any) -> Any:
+  """Abstract arrays, as of `shapes_of`, on the devices of the current mesh instead of an abstract one."""
+  mesh = jax.sharding.get_mesh()
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  return jax.tree.map(place, tree)
+
+
+def to_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """This process's rows as global arrays cut along the batch axes of the current mesh."""
+  mesh = jax.sharding.get_mesh()
+  place = lambda x: jax.make_array_from_process_local_data(jax.NamedSharding(mesh, row_spec(x.ndim)), np.asarray(x))
+  return {name: place(x) for name, x in batch.items()}
 
 
 def gathered(spec: P) -> P:

@@ -45,10 +45,9 @@ class OptimizerConfig:
       check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
 
 
-def schedule(cfg: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
-  """The learning rate by step: linear warm-up to `peak` (default cfg.lr), then cfg.schedule until `steps`."""
-  peak = cfg.lr if peak is None else peak
-  rest = max(steps - cfg.warmup, 1)
+def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The learning rate by step: linear warm-up to cfg.lr, then cfg.schedule until `steps`."""
+  peak, rest = cfg.lr, max(steps - cfg.warmup, 1)
   if cfg.schedule == "constant":
     after = optax.constant_schedule(peak)
   elif cfg.schedule == "cosine":

@@ -12,7 +12,7 @@ import re
 
 from etils import epath
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 Path = pathlib.Path | epath.Path
 
@@ -41,6 +41,11 @@ def parse(path: str | os.PathLike, field: str = "workdir") -> Path:
   return epath.Path(path)
 
 
+def cache() -> pathlib.Path:
+  """Where what can be made again is kept for the next run: $REPRISE_CACHE, by default ~/.cache/reprise."""
+  return pathlib.Path(os.environ.get("REPRISE_CACHE") or "~/.cache/reprise").expanduser()
+
+
 def in_bucket(path: str | os.PathLike) -> bool:
   """Whether `path` is one in a bucket."""
   return os.fspath(path).startswith("gs://")
@@ -51,7 +56,7 @@ def bad(path: str | os.PathLike, field: str, error: Exception) -> UserError:
   bucket = "/".join(os.fspath(path).split("/")[:3])
   if isinstance(error, FileNotFoundError):
     return UserError(field, path, f"there is no bucket {bucket}: gcloud storage buckets create {bucket}")
-  said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+  said = f"{type(error).__name__}: {one_line(error)}"
   unknown = getattr(error, "code", None) == 401 or type(error).__module__.startswith("google.auth")
   if unknown or str(error).startswith("Forbidden"):
     fix = "sign in (gcloud auth application-default login), or give this account the role roles/storage.objectAdmin"
@@ -60,12 +65,15 @@ def bad(path: str | os.PathLike, field: str, error: Exception) -> UserError:
 
 
 def write(path: Path, text: str) -> None:
-  """Makes `text` the content of a file, whole or not at all."""
+  """Makes `text` the content of a file, whole or not at all, and on the disk when it returns."""
   if in_bucket(path):
     path.write_text(text)
     return
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(text)
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
   temporary.replace(path)
 
 

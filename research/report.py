@@ -7,13 +7,11 @@ import os
 import shlex
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 import numpy as np
 
 from research import paths, writers
 from research.errors import check
+from research.markdown import table as table  # reports have all of their parts from here
 
 # Okabe and Ito's palette: told apart by everyone, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -58,8 +56,12 @@ def draw(
     ax.fill_between(steps, values.min(0), values.max(0), color=style(i)["color"], alpha=0.2, linewidth=0)
 
 
-def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
-  """A figure of `columns` panels side by side in each of `rows` and its axes, in the house style."""
+def figure(columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+  """A matplotlib figure of `columns` panels side by side in each of `rows` and its axes, in the house style."""
+  # here: half a second that a run needs at its end, and not at its start
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   fig = Figure(figsize=(0.8 + 4.6 * columns, 0.4 + 3.4 * rows), layout="constrained")
   FigureCanvasAgg(fig)
   axes = fig.subplots(rows, columns)
@@ -69,7 +71,7 @@ def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
   return fig, axes
 
 
-def dots(values: Mapping[str, Sequence[float]], label: Callable[[str], str], xlabel: str) -> Figure:
+def dots(values: Mapping[str, Sequence[float]], label: Callable[[str], str], xlabel: str) -> Any:
   """A row for each arm, named by `label(arm)`: a dot for each of its values, a bar for their mean, and a line at 0."""
   fig, ax = figure()
   fig.set_figheight(1.2 + 0.3 * len(values))
@@ -86,6 +88,8 @@ def dots(values: Mapping[str, Sequence[float]], label: Callable[[str], str], xla
 
 def image_grid(path: str | os.PathLike, images: np.ndarray, columns: int, scale: int = 1) -> None:
   """Writes a PNG of images [n, height, width, 1 or 3 channels] in [-1, 1], row by row, each pixel `scale` wide."""
+  from matplotlib.image import imsave
+
   n, height, width, channels = images.shape
   rows = -(-n // columns)
   grid = np.full((rows * columns, height + 1, width + 1, channels), 1.0, np.float32)  # a line between images
@@ -111,14 +115,6 @@ def final(by_arm: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]) -> di
 def spread(values: Sequence[float]) -> str:
   """'mean ± standard deviation' over seeds (n - 1 in the denominator), or the one value."""
   return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A Markdown table, its columns aligned for the terminal."""
-  cells = [[str(c) for c in row] for row in (header, *rows)]
-  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-  line = lambda row: "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-  return "\n".join([line(cells[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells[1:])])
 
 
 def manifest(workdir: paths.Path) -> dict[str, Any]:
@@ -152,7 +148,7 @@ def write_results(workdir: paths.Path, results: Mapping[str, Any]) -> paths.Path
   return path
 
 
-def finish(workdir: paths.Path, fig: Figure, name: str, table: str) -> None:
+def finish(workdir: paths.Path, fig: Any, name: str, table: str) -> None:
   """Writes the figure to report/`name` and prints the table and where everything is."""
   path = workdir / "report" / name
   with path.open("wb") as file:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research import config, cpu, distributed, manifest, paths, secrets, selfcheck
+from research import config, cpu, distributed, manifest, paths, runs, secrets, selfcheck
 from research import mesh as meshes
 from research.checkpoint import Checkpoints, SaveFailed
 from research.errors import UserError, check
@@ -105,16 +105,17 @@ def run_all(
     mesh, exp = prepare(build, single)
     starts = start_points(single, arm, mesh, exp, workdir, [name for name, *_ in cfg.arms])
     jobs.append((arm, single, mesh, exp, starts))
-  same_everywhere(cfg, {arm: exp.info() for arm, _, _, exp, _ in jobs})
+  info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
+  same_everywhere(cfg, info)
   with lock(workdir):
-    done = [Checkpoints(checkpoint_dir(workdir, arm, one)).steps()[-1:] == [one.steps] for arm, one in singles]
-    info = {arm: exp.info() for arm, _, _, exp, _ in jobs}
+    kept = lambda arm, one, *keep: Checkpoints(runs.checkpoint_dir(workdir, arm, one.seed), *keep)
+    done = [kept(arm, one).steps()[-1:] == [one.steps] for arm, one in singles]
     manifest.open_workdir(workdir, cfg, spec, overrides, info, trains=not all(done))
     for arm, single, mesh, exp, start in jobs:
       writer = Writer(workdir, arm, single.seed, single.steps)
       keep = (single.checkpoint.keep_last, single.checkpoint.keep_every)
       try:
-        with jax.set_mesh(mesh), Checkpoints(checkpoint_dir(workdir, arm, single), *keep) as checkpoints:
+        with jax.set_mesh(mesh), kept(arm, single, *keep) as checkpoints:
           distributed.on_restart(checkpoints.steps)
           exp.prepare(functools.partial(sibling, workdir, single))
           if checked and single.seed == cfg.seed and not checkpoints.steps():
@@ -127,14 +128,9 @@ def run_all(
       report(workdir, cfg)
 
 
-def checkpoint_dir(workdir: paths.Path, arm: str, cfg: config.RunConfig) -> paths.Path:
-  """Where a single run keeps its steps."""
-  return workdir / "checkpoints" / f"{arm}-{cfg.seed}"
-
-
 def sibling(workdir: paths.Path, cfg: config.RunConfig, arm: str) -> paths.Path:
   """Where another arm with the same seed keeps its steps. Raises UserError if it has none."""
-  directory = checkpoint_dir(workdir, arm, cfg)
+  directory = runs.checkpoint_dir(workdir, arm, cfg.seed)
   has_steps = directory.is_dir() and bool(Checkpoints(directory).steps())
   check(has_steps, "arm", arm, f"has no checkpoint in {workdir}; train it first, or in the same command")
   return directory
@@ -233,13 +229,13 @@ def start_points(
       found[field] = lambda model, name=name: _parameters(Checkpoints(sibling(workdir, cfg, name)), model)
     elif field == "init_from" and path and convert.is_weights(path):
       with jax.set_mesh(mesh):
-        model = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+        model = meshes.shapes_of(exp.init)
         weights = convert.read(path, like=model)
         weights.check_model(model)
       found[field] = weights.fill
     elif path:
       directory = paths.parse(path, field)
-      run_dir = checkpoint_dir(directory, arm, cfg)
+      run_dir = runs.checkpoint_dir(directory, arm, cfg.seed)
       found[field] = Checkpoints(run_dir if run_dir.is_dir() else directory)
       fix = f"no checkpoint there; give a workdir with checkpoints/{arm}-{cfg.seed}/, or a directory of steps"
       check(directory.is_dir() and bool(found[field].steps()), field, path, fix)
@@ -253,9 +249,8 @@ def _parameters(checkpoints: Checkpoints, model: Any) -> Any:
 
 
 def compilation_cache() -> None:
-  """Compiled programs are kept in $REPRISE_CACHE (default ~/.cache/reprise), for the next run's start."""
-  root = os.environ.get("REPRISE_CACHE") or os.path.expanduser("~/.cache/reprise")
-  jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
+  """Compiled programs are kept (`paths.cache`) for the next run's start."""
+  jax.config.update("jax_compilation_cache_dir", str(paths.cache() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -14,6 +14,11 @@ from research.checkpoint import Checkpoints
 from research.errors import UserError, check
 
 
+def checkpoint_dir(workdir: paths.Path, arm: str, seed: int) -> paths.Path:
+  """Where a single run keeps its steps."""
+  return workdir / "checkpoints" / f"{arm}-{seed}"
+
+
 def read_config(workdir: str | os.PathLike) -> config.RunConfig:
   """The config that a workdir's manifest records. Raises UserError."""
   path = paths.parse(workdir) / "manifest.json"
@@ -43,7 +48,7 @@ def find(workdir: str | os.PathLike, run: str | None = None) -> tuple[str, confi
     arm, _, seed = path.name.rpartition("-")
     cfg = next((c for name, c in held.items() if name.rpartition("-")[0] == arm), None)
     if path.name not in held and cfg is not None and seed.isdecimal():
-      held[path.name] = config.freeze(type(cfg), {**config.as_configdict(cfg), "seeds": (int(seed),)})
+      held[path.name] = dataclasses.replace(cfg, seeds=(int(seed),))
   held = {name: cfg for name, cfg in held.items() if Checkpoints(workdir / "checkpoints" / name).steps()}
   check(bool(held), "workdir", workdir, "holds no checkpoint yet")
   choices = ", ".join(held)
@@ -62,13 +67,10 @@ def load(workdir: str | os.PathLike, run: str | None = None, overrides: Sequence
   """
   workdir = paths.parse(workdir)
   name, cfg = find(workdir, run)
-  cfg = config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
+  cfg = config.changed(cfg, overrides)
   exp = config.experiment_module(cfg.experiment).build(cfg)
-  abstract = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
-  mesh = jax.sharding.get_mesh()
-  stand = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  abstract = {"model": jax.tree.map(stand, abstract)}
-  restored = Checkpoints(workdir / "checkpoints" / name).restore(abstract, partial=True)
+  model = meshes.on_devices(meshes.shapes_of(exp.init))
+  restored = Checkpoints(workdir / "checkpoints" / name).restore({"model": model}, partial=True)
   return cfg, restored.state["model"]
 
 
@@ -76,8 +78,7 @@ def mesh(overrides: Sequence[str] = ()):
   """`with mesh(overrides):` the current mesh is the first device or, if some set `mesh.`, all devices in that shape."""
   chosen = [item.removeprefix("mesh.") for item in overrides if item.startswith("mesh.")]
   try:
-    cfg = config.override(config.as_configdict(meshes.MeshConfig()), meshes.MeshConfig, chosen)
-    cfg = config.freeze(meshes.MeshConfig, cfg)
+    cfg = config.changed(meshes.MeshConfig(), chosen)
   except UserError as e:
     raise e.under("mesh") from None
   return jax.set_mesh(meshes.make_mesh(cfg, jax.devices() if chosen else jax.devices()[:1]))

@@ -22,6 +22,7 @@ from research import mesh as meshes
 from research.config import RunConfig
 from research.errors import UserError
 from research.fit import Experiment
+from research.kernels.dispatch import batch_shards
 
 ROWS = 2  # for each of the mesh's slices of a batch
 DECODED = 8  # tokens decoded one by one
@@ -48,7 +49,7 @@ def selfcheck(
 ) -> None:
   """Makes every check of a single run, under its mesh; `say` hears of each. Raises UserError at the first mismatch."""
   abstract = fit.abstract_state(exp)
-  model = fit.start_model(exp, cfg, fit.on_devices(abstract), init_from)
+  model = fit.start_model(exp, cfg, meshes.on_devices(abstract), init_from)
   reference = fit.frozen(exp, cfg, abstract, init_from)
   batch = _rows(exp, model, reference)
   left_out = []
@@ -83,7 +84,7 @@ def _kernel(build, cfg, model, batch, reference, ours) -> Check:
   has = "attention_kernel" in {f.name for f in dataclasses.fields(cfg.model)} if hasattr(cfg, "model") else False
   if not has:
     return Check(name, skipped="this model chooses no kernel")
-  plain = build(_with(cfg, "model.attention_kernel=reference"))
+  plain = build(config.changed(cfg, ["model.attention_kernel=reference"]))
   like = jax.tree.structure(fit.abstract_state(plain).model)  # a model's structure says how it is executed
   dressed = lambda model: jax.tree.unflatten(like, jax.tree.leaves(model))
   if plain.companion is not None:
@@ -98,9 +99,9 @@ def _unsharded(build, cfg, model, batch, reference, ours) -> Check:
   name = "sharded against one device"
   if jax.sharding.get_mesh().size == 1:
     return Check(name, skipped="the mesh is one device")
-  alone = _with(cfg, "mesh.replica=1", "mesh.data=1", "mesh.model=1")
+  alone = config.changed(cfg, ["mesh.replica=1", "mesh.data=1", "mesh.model=1"])
   specs = [x.sharding.spec for x in jax.tree.leaves((model, reference))]
-  held, rows = _whole((model, reference)), _whole(fit.to_devices(batch))
+  held, rows = _whole((model, reference)), _whole(meshes.to_devices(batch))
   mesh = meshes.make_mesh(alone.mesh, jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(held, specs, strict=True)]
@@ -141,7 +142,7 @@ def _decoded(cfg, model, batch) -> Check:
   tokens = batch["tokens"][:, :length]
   ids = np.ones_like(tokens)
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-  rows = fit.to_devices({"t": tokens, "s": ids, "p": np.array(positions)})
+  rows = meshes.to_devices({"t": tokens, "s": ids, "p": np.array(positions)})
   split = max(length - DECODED, 1)
 
   def forward(model, rows):
@@ -183,10 +184,8 @@ def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
   """A few rows of this process's part of the first batch; the first of them, if there is any, with two documents."""
   data = exp.data("train")
   whole = next(iter(data))
-  mesh = jax.sharding.get_mesh()
-  slices = math.prod(mesh.shape[axis] for axis in meshes.BATCH)
-  _, count = meshes.batch_shard(mesh)
-  rows = {name: x[: ROWS * slices // count].copy() for name, x in whole.items()}
+  _, count = meshes.batch_shard(jax.sharding.get_mesh())
+  rows = {name: x[: ROWS * batch_shards() // count].copy() for name, x in whole.items()}
   for batch in itertools.islice(data, BATCHES) if "segment_ids" in whole else ():
     found = [i for i, ids in enumerate(batch["segment_ids"]) if len(np.unique(ids[ids > 0])) > 1]
     if found:
@@ -194,14 +193,10 @@ def _rows(exp: Experiment, model: Any, reference: Any) -> dict[str, np.ndarray]:
         x[0] = batch[name][found[0]]
       break
   try:  # a batch may have to be whole
-    jax.eval_shape(exp.loss, model, fit.to_devices(rows), jax.random.key(0), *fit.if_any(reference))
+    jax.eval_shape(exp.loss, model, meshes.to_devices(rows), jax.random.key(0), *fit.if_any(reference))
   except (TypeError, ValueError):
     return dict(whole)
   return rows
-
-
-def _with(cfg: RunConfig, *overrides: str) -> RunConfig:
-  return config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), overrides))
 
 
 def _tolerance(cfg: RunConfig) -> float:
@@ -213,7 +208,7 @@ def _mean(exp: Experiment, model, batch, reference) -> tuple[float, float]:
   """(total, weight) of the loss."""
   rest = fit.if_any(reference)
   f = jax.jit(lambda model, batch: exp.loss(model, batch, jax.random.key(0), *rest)["loss"])
-  mean = jax.block_until_ready(f(model, fit.to_devices(batch)))
+  mean = jax.block_until_ready(f(model, meshes.to_devices(batch)))
   return float(mean.total), float(mean.weight)
 
 
@@ -233,7 +228,7 @@ def _loss_and_norm(exp: Experiment, model, batch, reference) -> list[float]:
     value, grads = jax.value_and_grad(loss)([x for x, m in zip(leaves, moves, strict=True) if m])
     return value, jnp.sqrt(sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads), 0.0))
 
-  return [float(x) for x in jax.block_until_ready(jax.jit(f)(model, fit.to_devices(batch)))]
+  return [float(x) for x in jax.block_until_ready(jax.jit(f)(model, meshes.to_devices(batch)))]
 
 
 def _whole(tree: Any) -> list[np.ndarray]:

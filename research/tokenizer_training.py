@@ -17,9 +17,10 @@ from research.errors import check
 from research.fit import Experiment, TrainState, default_train_step
 from research.kernels.dispatch import place
 from research.metrics import Mean
-from research.models.vq import VQ, unit
+from research.models.vq import VQ
 from research.models.vqvae import VQVAE
 from research.nn.conv import IMAGES, Conv, GroupNorm
+from research.nn.norms import unit
 from research.nn.precision import Policy
 
 

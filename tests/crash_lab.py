@@ -26,7 +26,7 @@ import time
 
 from benchmarks import record
 from research import config, writers
-from research.report import table
+from research.markdown import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = (

@@ -17,8 +17,8 @@ from research import data, writers
 from research.checkpoint import Checkpoints
 from research.config import CheckpointConfig, RunConfig
 from research.errors import UserError
-from research.fit import Diverged, Experiment, Interrupted, default_train_step, fit, init_state, to_devices
-from research.mesh import MeshConfig
+from research.fit import Diverged, Experiment, Interrupted, default_train_step, fit, init_state
+from research.mesh import MeshConfig, to_devices
 from research.metrics import Mean
 from research.optim import OptimizerConfig
 from tests import small

@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -13,8 +14,11 @@ FILES = sorted(p.relative_to(ROOT) for top in ("research", "launch", "experiment
 BELOW_KERNELS = {"research.errors", "research.mesh", "research.hardware"}
 
 
-def imported(path: pathlib.Path) -> set[str]:
-  """Modules of the project that a file imports, wherever in it."""
+OURS = {"research", "launch", "experiments", "tests", "benchmarks"}
+
+
+def modules(path: pathlib.Path) -> set[str]:
+  """What a file imports, wherever in it."""
   found = set()
   for node in ast.walk(ast.parse((ROOT / path).read_text())):
     if isinstance(node, ast.Import):
@@ -22,7 +26,17 @@ def imported(path: pathlib.Path) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path}:{node.lineno}: write the whole name"
       found |= {f"{node.module}.{alias.name}" for alias in node.names}
-  return {name for name in found if name.split(".")[0] in ("research", "launch", "experiments", "tests", "benchmarks")}
+  return found
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Modules of the project that a file imports."""
+  return {name for name in modules(path) if name.split(".")[0] in OURS}
+
+
+def third_party(path: pathlib.Path) -> set[str]:
+  """The packages of others that a file imports."""
+  return {name.split(".")[0] for name in modules(path)} - OURS - set(sys.stdlib_module_names)
 
 
 def of(*folder: str) -> list[pathlib.Path]:
@@ -54,9 +68,19 @@ def test_layers_import_kernels_and_no_model():
   assert astray(of("research", "nn"), "research.kernels", "research.nn", *BELOW_KERNELS) == {}
 
 
-def test_models_know_no_loop_no_data_and_no_tool():
-  above = ("research.fit", "research.run", "research.data", "research.tools", "research.evals")
+# what runs, keeps, writes and tells of what a model computes
+ABOVE_MODELS = ("research.fit", "research.run", "research.runs", "research.config", "research.checkpoint")
+ABOVE_MODELS += ("research.writers", "research.report", "research.comparison", "research.tools", "research.evals")
+
+
+def test_models_know_no_loop_no_data_no_report_and_no_tool():
+  above = (*ABOVE_MODELS, "research.data")
   assert [str(p) for p in of("research", "models") if any(starts(name, *above) for name in imported(p))] == []
+
+
+def test_evaluations_know_models_and_data_but_no_loop_and_no_report():
+  above = tuple(name for name in ABOVE_MODELS if name != "research.evals")
+  assert [str(p) for p in of("research", "evals") if any(starts(name, *above) for name in imported(p))] == []
 
 
 def test_a_paper_imports_no_other_paper_and_no_launcher():
@@ -73,6 +97,15 @@ ONLY = {"orbax": "research/checkpoint.py", "grain": "research/data/", "tensorflo
 
 @pytest.mark.parametrize(("package", "where"), ONLY.items())
 def test_libraries_that_change_often_stand_in_one_place(package, where):
-  using = [str(p) for p in of("research") if re.search(rf"(import|from) {package}\b", (ROOT / p).read_text())]
+  using = [str(p) for p in FILES if re.search(rf"(import|from) {package}\b", (ROOT / p).read_text())]
   assert using
   assert [path for path in using if not path.startswith(where)] == []
+
+
+def test_no_file_has_outgrown_its_one_reason():
+  everything = [
+    p for top in ("research", "experiments", "launch", "benchmarks", "tests") for p in (ROOT / top).rglob("*.py")
+  ]
+  lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in everything}
+  assert len(lines) > 300
+  assert {path: n for path, n in lines.items() if n > 450} == {}

@@ -12,8 +12,8 @@ from research import data, optim, tokenizer_training, writers
 from research.checkpoint import Checkpoints
 from research.config import CheckpointConfig, RunConfig
 from research.errors import UserError
-from research.fit import Experiment, abstract_batch, abstract_state, fit, to_devices
-from research.mesh import MeshConfig, abstract_mesh
+from research.fit import Experiment, abstract_batch, abstract_state, fit
+from research.mesh import MeshConfig, abstract_mesh, to_devices
 from research.models import vq, vqvae
 from research.models.vq import VQ, VQConfig
 from research.models.vqvae import VQVAE, VQVAEConfig

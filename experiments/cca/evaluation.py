@@ -17,7 +17,7 @@ from research.data.text import SPLITS
 from research.errors import check
 from research.evals import image_likelihood
 from research.evals import images as measures
-from research.fit import to_devices
+from research.mesh import to_devices
 from research.models.llamagen import LlamaGen
 from research.models.vqvae import VQVAE
 
@@ -29,21 +29,18 @@ class EvaluationConfig:
   """Samples of a trained model, measured at the run's last step.
 
   samples: for each scale, as many of each class as of any other; 0: none. scales: of guidance, in the convention of the
-  papers on it: 0 is none. neighbours: k of precision, recall, density and coverage. timed: images drawn at once where
-  sampling is timed. Raises UserError.
+  papers on it: 0 is none. timed: images drawn at once where sampling is timed. Raises UserError.
   """
 
   samples: int = 0
   scales: tuple[float, ...] = (0.0,)
-  neighbours: int = 5
   timed: int = 2000
 
   def __post_init__(self):
     check(self.samples >= 0, "samples", self.samples, "use 0 (none) or a positive number")
     good = len(self.scales) >= 1 and min(self.scales) >= 0
     check(good, "scales", self.scales, "give some, none below 0 (no guidance)")
-    for name in ("neighbours", "timed"):
-      check(getattr(self, name) >= 1, name, getattr(self, name), "use at least 1")
+    check(self.timed >= 1, "timed", self.timed, "use at least 1")
 
 
 def signed(cfg: images.ImageConfig, row: Mapping[str, np.ndarray], rng: np.random.Generator | None) -> dict:
@@ -127,7 +124,7 @@ def measure(model: Any, sibling: Callable[[str], Any], cfg: Any) -> dict[str, fl
     found[name] |= {f"judge_{k}": v for k, v in fidelity.items()}
   first = next(iter(drawn))
   found[first] |= measures.copies(*(flat(known.real[split]["images"]) for split in SPLITS), flat(drawn[first]))
-  compared = measures.compare(*known.features, features, k=how.neighbours)
+  compared = measures.compare(*known.features, features)
   return {f"{name}/{k}": v for name in compared for k, v in (compared[name] | found.get(name, {})).items()}
 
 

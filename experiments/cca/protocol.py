@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from research import config, run, runs
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
+from research.markdown import table
 from research.models import llamagen, var
-from research.report import table
 
 FOLDER = pathlib.Path(__file__).parent / "protocols"
 UNKNOWN = "unknown"
@@ -83,7 +83,7 @@ def of_samples(path: str) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as file:
       told, count = json.loads(str(file["settings"])), len(file["labels"])
   except (OSError, ValueError, KeyError, EOFError) as e:
-    raise UserError("samples", path, f"is no file of research.tools.sample: {' '.join(str(e).split())}") from None
+    raise UserError("samples", path, f"is no file of research.tools.sample: {one_line(e)}") from None
   names = ("scale", "temperature", "top_k", "top_p", "labels", "generated_size", "size", "seed")
   found = {f"sampling.{name}": told[name] for name in names} | {"sampling.samples": count, "backbone": told["backbone"]}
   found["size"] = size(told["backbone"], told["sizes"])
@@ -110,7 +110,7 @@ def of_measurement(path: str) -> dict[str, Any]:
     told = json.loads(pathlib.Path(path).read_text())
     return {"evaluation.features": told["features"], "evaluation.statistics": pathlib.Path(told["reference"]).name}
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise UserError("measured", path, f"is no file of research.tools.frechet: {' '.join(str(e).split())}") from None
+    raise UserError("measured", path, f"is no file of research.tools.frechet: {one_line(e)}") from None
 
 
 def size(backbone: str, sizes: Mapping[str, int]) -> str:

@@ -21,9 +21,9 @@ from research import data, flops, optim, tokenizer_training
 from research.data import images
 from research.data.text import SPLITS
 from research.errors import UserError, check
-from research.fit import Experiment, to_devices
+from research.fit import Experiment
 from research.kernels.dispatch import place
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, to_devices
 from research.metrics import Mean
 from research.models import transformer, var
 from research.models.llamagen import LlamaGen

@@ -10,7 +10,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -19,11 +18,14 @@ import numpy as np
 from experiments.cca.losses import LOSSES
 from research import optim
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment
+from research.mesh import batch_shard
 from research.metrics import Mean
 
 METHODS = (*LOSSES, "gft", "ddo")
+CONTRAST = 1.5  # deviation of log p(x|c)
 SCALES = np.linspace(0, 6, 601)  # of guidance, that a model is compared with
 
 
@@ -37,7 +39,6 @@ class ToyConfig:
 
   classes: int = 6
   images: int = 6
-  contrast: float = 1.5  # deviation of log p(x|c)
   method: Literal[*METHODS] = "cca"
   beta: float = 0.5
   lam: float = 0.0  # 0: for each class the one at which the target is reached, Z(c)^beta
@@ -60,7 +61,7 @@ class World:
   """log p(x|c) [classes, images] of a seed, float64, and what follows from it."""
 
   def __init__(self, cfg: ToyConfig, seed: int):
-    logits = cfg.contrast * np.random.default_rng(seed).normal(size=(cfg.classes, cfg.images))
+    logits = CONTRAST * np.random.default_rng(seed).normal(size=(cfg.classes, cfg.images))
     self.cfg, self.log_p = cfg, _log_softmax(logits)
     self.log_marginal = np.log(np.exp(self.log_p).mean(0))
     # ddo's pretrained model has not learnt all of p yet
@@ -133,7 +134,6 @@ def measures(world: World, logits: np.ndarray) -> dict[str, float]:
 def make(cfg: RunConfig, toy: ToyConfig) -> Experiment:
   """One model in one world."""
   world = World(toy, cfg.seed)
-  row = {"weights": np.ones(cfg.batch, np.float32)}
 
   def loss(model, batch, key):
     del key
@@ -141,8 +141,8 @@ def make(cfg: RunConfig, toy: ToyConfig) -> Experiment:
     return {"loss": Mean(weight * expected_loss(world, model.logits[...]), weight)}
 
   def data(split):
-    one = grain.MapDataset.source([row])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = {"weights": np.ones(cfg.batch, np.float32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   return Experiment(
     init=lambda key: Table(world.log_start),

@@ -15,10 +15,10 @@ import numpy as np
 
 from experiments.cca import losses
 from experiments.cca.losses import LOSSES
-from research.errors import check
+from research.errors import check, check_range
 from research.evals.image_likelihood import log_likelihoods
-from research.kernels.dispatch import on_mesh, place
-from research.mesh import BATCH
+from research.kernels.dispatch import place, regroup_rows
+from research.mesh import BATCH, row_spec
 from research.metrics import Mean
 from research.models import decoder
 from research.models.llamagen import LlamaGenConfig
@@ -97,9 +97,8 @@ def check_data(codes: np.ndarray, labels: np.ndarray, model: LlamaGenConfig | VA
   fix = f"the model writes {model.tokens} tokens an image; use the codes of its tokenizer"
   check(codes.ndim == 2 and codes.shape[1] == model.tokens, "codes", list(codes.shape), fix)
   check(labels.shape == codes.shape[:1], "labels", list(labels.shape), f"must be {len(codes)}, one an image")
-  for name, x, most in (("codes", codes, model.vocab), ("labels", labels, model.classes)):
-    low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
-    check(low >= 0 and high < most, name, f"{low} .. {high}", f"the model's lie in 0 .. {most - 1}")
+  check_range("codes", codes, model.vocab)
+  check_range("labels", labels, model.classes)
 
 
 def fixed_pairs(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -247,14 +246,13 @@ def _guidance_free(model, batch, labels, key, cfg):
 
 def _pair(a, b):
   """[rows, ...] twice -> [2 rows, ...], the two of a row beside each other: none changes device."""
-  spec = P(BATCH, *[None] * (a.ndim - 1))
-  both = jnp.stack([place(a, spec), place(b, spec)], axis=1)
-  return jax.lax.reshape(both, (2 * len(a), *a.shape[1:]), out_sharding=spec if on_mesh() else None)
+  both = jnp.stack([place(a, row_spec(a.ndim)), place(b, row_spec(a.ndim))], axis=1)
+  return regroup_rows(both, 2 * len(a), *a.shape[1:])
 
 
 def _split_pairs(x):
   """[2 rows] -> [rows, 2]."""
-  return jax.lax.reshape(x, (len(x) // 2, 2), out_sharding=P(BATCH, None) if on_mesh() else None)
+  return regroup_rows(x, len(x) // 2, 2)
 
 
 def _check_reference(model, reference):

@@ -76,15 +76,3 @@ def flow_loss(a: np.ndarray, b: np.ndarray, others: int, misprinted: bool = Fals
   before = (b1 + b2 * wrong) / total  # tokens i-1 and T
   other = (b1 + b2) / total
   return np.log(np.exp(answer) + np.exp(repeated) + 2 * np.exp(before) + others * np.exp(other)) - answer
-
-
-def flow_loss_by_attention(a: np.ndarray, b: np.ndarray, others: int, i: int = 2) -> float:
-  """The same for one (a1, a2) and (b1, b2), from a whole attention over the embeddings; i counts from 1."""
-  length = others + 4
-  tokens = np.append(np.arange(length), i - 1)
-  x = np.eye(length)[tokens]
-  before = np.vstack([np.zeros(length), x[:-1]])
-  k, v = a[0] * x + a[1] * before, b[0] * x + b[1] * before
-  weights = np.exp(k @ x[-1])
-  logits = weights @ v / weights.sum()
-  return float(np.log(np.exp(logits).sum()) - logits[i])

@@ -12,7 +12,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -20,9 +19,10 @@ import numpy as np
 import optax
 
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games
 from research.preference.comparisons import Comparisons, observed, xpo_objective
@@ -146,12 +146,8 @@ def make(cfg: RunConfig, bandit: BanditConfig) -> Experiment:
   rewards = functools.partial(bandit.rewards, cfg.seed, cfg.batch)
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
-    rows = {"rewards": rewards()[index * size : (index + 1) * size]}
-    rows["run"] = np.arange(index * size, (index + 1) * size, dtype=np.int32)
-    one = grain.MapDataset.source([rows])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = {"rewards": rewards(), "run": np.arange(cfg.batch, dtype=np.int32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     like = jax.dtypes.canonicalize_dtype(np.float64)
@@ -176,7 +172,7 @@ def _train_step(bandit: BanditConfig, exp: Experiment, cfg: RunConfig, state: Tr
   del exp, cfg, reference
   leaves, tree = jax.tree.flatten(state.model)
   specs = jax.tree.unflatten(tree, [_spec(x.ndim) for x in leaves])
-  rows = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  rows = jax.tree.map(lambda x: row_spec(x.ndim), batch)
   run = functools.partial(_comparisons, bandit)
   run = jax.shard_map(run, in_specs=(specs, rows, P(), P()), out_specs=specs, check_vma=False)
   key = jax.random.fold_in(state.key, state.step)

@@ -16,7 +16,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -25,9 +24,10 @@ import optax
 
 from experiments.prefgames.strings import log_policy, start
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import losses
 
@@ -79,10 +79,7 @@ def make(cfg: RunConfig, pair: PairConfig) -> Experiment:
   drawn = functools.partial(pairs, cfg.seed, cfg.batch, pair.vocab, pair.length, pair.width, pair.differ)
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
-    one = grain.MapDataset.source([{name: x[index * size : (index + 1) * size] for name, x in drawn().items()}])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    return same_batch(drawn(), shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     like = jax.dtypes.canonicalize_dtype(np.float64)
@@ -123,7 +120,7 @@ def direction(pair: PairConfig, theta: jax.Array, row) -> tuple[jax.Array, jax.A
 def _train_step(pair: PairConfig, exp: Experiment, cfg: RunConfig, state: TrainState, batch, reference=None):
   """`pair.updates` updates in every run. Returns (state, metrics)."""
   del exp, cfg, reference
-  rows = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  rows = jax.tree.map(lambda x: row_spec(x.ndim), batch)
 
   def run(theta, batch):
     one = lambda theta, _: (theta + pair.rate * jax.vmap(functools.partial(direction, pair))(theta, batch)[0], None)

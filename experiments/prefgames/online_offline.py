@@ -12,7 +12,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -21,9 +20,10 @@ import optax
 
 from experiments.prefgames.strings import all_strings, log_policy, start
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games, matrices
 
@@ -116,11 +116,8 @@ def make(cfg: RunConfig, strings: StringsConfig) -> Experiment:
   drawn = functools.partial(worlds, cfg.seed, cfg.batch, strings.vocab, strings.length, strings.width, strings.pairs)
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
     rows = learnt_from(strings, drawn(), cfg.steps * strings.updates)
-    one = grain.MapDataset.source([{name: x[index * size : (index + 1) * size] for name, x in rows.items()}])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     shapes = {"reference": (2 * strings.vocab + 1, strings.width), "golden": (n, n), "labels": (n, n)}
@@ -208,7 +205,7 @@ def _train_step(strings: StringsConfig, exp: Experiment, cfg: RunConfig, state: 
   """`strings.updates` updates of every policy. Returns (state, metrics)."""
   del exp, cfg, reference
   names = ("reference", "labels", "weights")
-  specs = [P(BATCH, *[None] * (batch[name].ndim - 1)) for name in names]
+  specs = [row_spec(batch[name].ndim) for name in names]
 
   def run(theta, *rows):
     return jax.lax.scan(lambda x, _: (_updated(strings, x, *rows), None), theta, length=strings.updates)[0]

@@ -11,15 +11,15 @@ whose first part alone is Bradley-Terry's, and whose second goes in circles: wha
 
 import dataclasses
 import functools
-import itertools
 
-import grain
 import jax
 from jax import numpy as jnp
 import numpy as np
 
+from experiments.prefgames.strings import all_strings
 from research import optim
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment
 from research.mesh import batch_shard
@@ -54,6 +54,8 @@ class SequenceConfig:
 def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
   """Responses of `cfg.length` ids; a batch has the prompts over and over."""
   vocab = cfg.model.vocab
+  fix = f"there are {vocab}^{cfg.length} responses; keep them to {LARGEST}"
+  check(vocab**cfg.length <= LARGEST, "length", cfg.length, fix)
   strings, most = all_strings(vocab, cfg.length), vocab**PROMPT
   check(sequence.prompts <= most, "sequence.prompts", sequence.prompts, f"there are {most} prompts of {PROMPT} ids")
   check(cfg.batch % sequence.prompts == 0, "batch", cfg.batch, f"must be a multiple of prompts={sequence.prompts}")
@@ -61,13 +63,9 @@ def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
   load = functools.partial(draw, sequence, cfg.seed, vocab, cfg.length)
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
     copies = cfg.batch // sequence.prompts if split == "train" else 1
     rows = {name: np.concatenate([x] * copies) for name, x in load().items()}
-    size = copies * sequence.prompts // count
-    rows = {name: x[index * size : (index + 1) * size] for name, x in rows.items()}
-    one = grain.MapDataset.source([rows])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     ints = {"prompts": (PROMPT,), "lengths": ()}
@@ -90,13 +88,6 @@ def make(cfg: RunConfig, sequence: SequenceConfig) -> Experiment:
     info=lambda: load() and {"source": "short strings", "games": sequence.prompts, "responses": len(strings)},
     **parts | {"loss": functools.partial(_loss, sequence, strings)},
   )
-
-
-def all_strings(vocab: int, length: int) -> np.ndarray:
-  """int32 [vocab^length, length], in order. Raises UserError where they are too many to enumerate."""
-  fix = f"there are {vocab}^{length} responses; keep them to {LARGEST}"
-  check(vocab**length <= LARGEST, "length", length, fix)
-  return np.array(list(itertools.product(range(vocab), repeat=length)), np.int32)
 
 
 def oracle(vocab: int) -> oracles.Cyclic:

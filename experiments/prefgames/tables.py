@@ -9,7 +9,6 @@ import functools
 from typing import Literal
 
 from flax import nnx
-import grain
 import jax
 from jax import P
 from jax import numpy as jnp
@@ -18,9 +17,10 @@ import optax
 
 from experiments.prefgames.games import KINDS, draw
 from research.config import RunConfig
+from research.data import same_batch
 from research.errors import check
 from research.fit import Experiment, TrainState
-from research.mesh import BATCH, batch_shard
+from research.mesh import BATCH, batch_shard, row_spec
 from research.metrics import Mean
 from research.preference import games, tabular, updates
 from research.preference.tabular import METHODS
@@ -100,12 +100,8 @@ def make(cfg: RunConfig, table: TableConfig) -> Experiment:
   everywhere = jax.jit(functools.partial(_everywhere, table))
 
   def data(split):
-    index, count = batch_shard(jax.sharding.get_mesh())
-    size = cfg.batch // count
-    rows = {name: x[index * size : (index + 1) * size] for name, x in load().items()}
-    rows["game"] = np.arange(index * size, (index + 1) * size, dtype=np.int32)
-    one = grain.MapDataset.source([rows])
-    return (one.repeat() if split == "train" else one).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    rows = load() | {"game": np.arange(cfg.batch, dtype=np.int32)}
+    return same_batch(rows, shard=batch_shard(jax.sharding.get_mesh()), train=split == "train")
 
   def batch():
     size, n = cfg.batch, cfg.length
@@ -141,7 +137,7 @@ def _train_step(table: TableConfig, tx, exp: Experiment, cfg: RunConfig, state: 
   del exp, cfg, reference
   model = state.model
   key = jax.random.fold_in(state.key, state.step)
-  games_spec = jax.tree.map(lambda x: P(BATCH, *[None] * (x.ndim - 1)), batch)
+  games_spec = jax.tree.map(lambda x: row_spec(x.ndim), batch)
   opt_spec = jax.tree.map(lambda x: STACK if x.ndim == 3 else P(), state.opt)
   # moments stand on every device between steps
   moved = (model.theta[...], model.anchor[...], model.total[...], jax.tree.map(jax.reshard, state.opt, opt_spec))

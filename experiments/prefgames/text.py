@@ -16,7 +16,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from research import data, optim
+from research import optim
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
 from research.data import preferences
@@ -24,7 +24,8 @@ from research.errors import UserError, check
 from research.evals import win_rates
 from research.fit import Experiment, TrainState
 from research.generation import Sampling
-from research.mesh import batch_shard
+from research.language_modelling import rows
+from research.mesh import on_devices, shapes_of
 from research.models.transformer import Transformer, flops_per_token
 from research.preference import judge, online, supervised
 from research.preference.losses import over_rows
@@ -64,9 +65,9 @@ def make(cfg: RunConfig, task: TextTask) -> Experiment:
   load: Callable[[], Any] = functools.cache(functools.partial(_load, cfg))
   names = ("prompts", "lengths", "weights") if task.stage == "online" else None
 
-  def rows(split):
+  def data(split):
     source = load().splits[split]
-    return _batches(cfg, source if names is None else _Some(source, names), train=split == "train")
+    return rows(cfg, source if names is None else _Some(source, names), split)
 
   def batch():
     found = preferences.abstract_rows(cfg.data, cfg.batch)
@@ -74,7 +75,7 @@ def make(cfg: RunConfig, task: TextTask) -> Experiment:
 
   parts = {
     "init": functools.partial(_init, cfg),
-    "data": rows,
+    "data": data,
     "batch": batch,
     "info": lambda: load().info(),
     "flops_per_token": _flops(cfg, task),
@@ -124,7 +125,7 @@ def _tournament(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, 
   def wins(model):
     """Of all pairs of players, by `model`, the judge: rates, and their standard errors."""
     source = load().splits["validation"].distinct(task.prompts)
-    batches = list(_batches(cfg, source, train=False))
+    batches = list(rows(cfg, source, "validation"))
     options = {"tokens": cfg.data.response_tokens, "stop": (cfg.data.stop,), "seed": cfg.seed}
     sampling = Sampling(top_k=task.top_k, top_p=task.top_p)
     made = {}
@@ -159,10 +160,8 @@ STAGES = {"sft": _sft, "judge": _judge, "online": _online, "tournament": _tourna
 
 def _trained(cfg: RunConfig, directory) -> Transformer:
   """The newest model of another arm, on the current mesh."""
-  abstract = jax.eval_shape(functools.partial(_init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  return Checkpoints(directory).restore({"model": jax.tree.map(place, abstract)}, partial=True).state["model"]
+  model = on_devices(shapes_of(functools.partial(_init, cfg)))
+  return Checkpoints(directory).restore({"model": model}, partial=True).state["model"]
 
 
 def _flops(cfg: RunConfig, task: TextTask) -> dict[str, float]:
@@ -184,11 +183,6 @@ def _flops(cfg: RunConfig, task: TextTask) -> dict[str, float]:
     "responses": written * gradients * once,
     "judge": 2 * row.queries * task.online.updates * pair,
   }
-
-
-def _batches(cfg: RunConfig, source, train: bool):
-  shard = batch_shard(jax.sharding.get_mesh())
-  return data.batches(source, cfg.batch, seed=cfg.seed, shard=shard, train=train)
 
 
 class _Some:

@@ -21,9 +21,9 @@ def naive(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array) -> jax.Arr
   return jnp.einsum("thk,thkv->thv", q * decay[:, None] ** power, states)
 
 
-def overflows_at(decay: float, dtype: str = "float32") -> int:
-  """The first token whose decay^-(t+1) is beyond the largest number of `dtype`."""
-  return math.floor(math.log(float(np.finfo(dtype).max)) / -math.log(decay))
+def overflows_at(decay: float) -> int:
+  """The first token whose decay^-(t+1) is beyond the largest float32."""
+  return math.floor(math.log(float(np.finfo(np.float32).max)) / -math.log(decay))
 
 
 def errors(out: np.ndarray, truth: np.ndarray) -> np.ndarray:

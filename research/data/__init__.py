@@ -10,7 +10,7 @@ import hashlib
 
 from research.data import preferences, shards, sources, text
 from research.data import tokenizer as tokenizers
-from research.data.loader import batches, training_rows
+from research.data.loader import batches, same_batch, training_rows
 from research.data.mixture import Mixture
 from research.data.packing import PackedDocuments, abstract_rows
 from research.data.preferences import PreferenceConfig
@@ -18,7 +18,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import check
 
 __all__ = ["Mixture", "PackedDocuments", "PreferenceConfig", "TextConfig", "TextData", "Tokenizer"]
-__all__ += ["abstract_rows", "batches", "load", "load_tokenizer", "training_rows"]
+__all__ += ["abstract_rows", "batches", "load", "load_tokenizer", "same_batch", "training_rows"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,9 @@ image is read in one piece, whichever of its views an epoch takes.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordWriter
 import numpy as np
 
 from research.data import shards
@@ -114,8 +112,7 @@ class Writer:
   def add(self, item: int, views: np.ndarray, label: int) -> None:
     """Appends the codes int [views, tokens] of the source's item number `item`."""
     if self._writer is None:
-      self._path = self._root / f"{self._split}-{len(self.entry['shards']):05d}.array_record"
-      self._writer = ArrayRecordWriter(f"{self._path}.tmp", "group_size:1,zstd:1")
+      self._writer, self._path = shards.begin_shard(self._root, self._split, self.entry)
     self._writer.write(np.asarray(label, _LABEL).tobytes() + views.astype(self._dtype).tobytes())
     self._room -= 1
     if self._room == 0:
@@ -133,7 +130,7 @@ class Writer:
     self.entry["cursor"] = items
 
   def _end(self, cursor: int) -> None:
-    self.entry["shards"].append(shards.end_shard(self._writer, os.fspath(self._path)))
+    self.entry["shards"].append(shards.end_shard(self._writer, self._path))
     self.entry["images"] += self._size - self._room
     self._writer, self._room = None, self._size
     self.entry["cursor"] = cursor

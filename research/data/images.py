@@ -21,7 +21,7 @@ from PIL import Image
 
 from research.data import sources
 from research.data.text import SPLITS, name_hash
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 VALIDATION_FRACTION = {"digits": 0.25}  # the digits are few; of others:
 _VALIDATION_FRACTION = 0.05
@@ -95,7 +95,7 @@ class Images:
       return None
 
   def _count(self, name: str, e: Exception) -> None:
-    why = sources.one_line(e)
+    why = one_line(e)
     with self._lock:
       if name not in self.bad:
         self.bad[name] = why
@@ -242,7 +242,7 @@ def tar(source: str, argument: str, classes: str = ""):
           elif suffix == ".cls":
             labels[key] = int(shard.extractfile(member).read())
     except (tarfile.TarError, ValueError, OSError, EOFError) as e:
-      raise UserError("source", source, f"{name} cannot be read: {sources.one_line(e)}") from None
+      raise UserError("source", source, f"{name} cannot be read: {one_line(e)}") from None
   lacking = next((name for key, name, *_ in images if key not in labels), None)
   check(lacking is None, "source", source, f"{lacking} has no label; put KEY.cls beside KEY.jpg")
   check(not classes or classes.isdecimal(), "source", source, "?classes= takes a whole number")
@@ -267,7 +267,7 @@ def tfds(source: str, argument: str, image: str = "image", label: str = "label",
       row = rows[i]
       return np.asarray(row[image]), int(row[label])
     except RuntimeError as e:  # a record that fails the checksum of its format
-      raise ValueError(sources.one_line(e)) from e
+      raise ValueError(one_line(e)) from e
 
   def items():
     for of, part, rows in found:

@@ -50,6 +50,17 @@ def batches(
   return _Batches(rows, batch, index, count).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
+def same_batch(rows: Row, *, shard: tuple[int, int], train: bool) -> grain.IterDataset:
+  """Process `index` of `count`'s part of the one global batch `rows`: in training over and over, in validation once.
+
+  For what has no data to sample, such as games that are known whole.
+  """
+  index, count = shard
+  size = len(next(iter(rows.values()))) // count
+  part = grain.MapDataset.source([{name: x[index * size : (index + 1) * size] for name, x in rows.items()}])
+  return (part.repeat() if train else part).to_iter_dataset(grain.ReadOptions(num_threads=1))
+
+
 def training_rows(source, batch: int, k: int, *, seed: int) -> list[tuple[int, int]]:
   """(part, row) of every row of the k-th global batch that `batches` takes from `source` in training."""
   parts = source.parts if isinstance(source, Mixture) else (source,)

@@ -31,7 +31,7 @@ from research.data import sources, styles
 from research.data import tokenizer as tokenizers
 from research.data.text import SPLITS
 from research.data.tokenizer import Tokenizer
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 FIELDS = ("prompt", "chosen", "rejected")
 ROLES = {"user": "Human", "human": "Human", "assistant": "Assistant", "system": "System"}
@@ -156,7 +156,7 @@ def load(cfg: PreferenceConfig) -> PreferenceData:
       prompt, chosen, rejected = pair(read())
     except sources.BAD as e:
       bad.append(name)
-      fix = f"{name} {sources.one_line(e)}; repair or remove the row, or raise max_bad_records={cfg.max_bad_records}"
+      fix = f"{name} {one_line(e)}; repair or remove the row, or raise max_bad_records={cfg.max_bad_records}"
       check(len(bad) <= cfg.max_bad_records, "source", cfg.source, fix)
       continue
     found.append((split, hashlib.sha256(prompt.encode()).digest()[:8], (prompt, chosen, rejected)))
@@ -297,7 +297,7 @@ def _files(source: str, argument: str, **names: str) -> Records:
       for number, row in read(path):
         yield f"{name}:{number}", functools.partial(_named, row, names), None
     except sources.BAD as e:  # the file, not a row of it
-      raise UserError("source", source, f"{name} cannot be read: {sources.one_line(e)}") from None
+      raise UserError("source", source, f"{name} cannot be read: {one_line(e)}") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -331,7 +331,7 @@ def _tfds(source: str, argument: str, split: str = "train", dir: str = "", **nam
     try:
       return rows[i]
     except RuntimeError as e:  # a record that fails the checksum of its format
-      raise ValueError(f"cannot be read: {sources.one_line(e)}") from e
+      raise ValueError(f"cannot be read: {one_line(e)}") from e
 
   for of, part, rows in found:
     for i in range(len(rows)):

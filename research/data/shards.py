@@ -128,14 +128,20 @@ def damaged(source: str, file: str, tool: str = TOOL) -> UserError:
   return UserError("source", source, f"{file} is damaged: restore it, or write it again with {tool}")
 
 
-def end_shard(writer: ArrayRecordWriter, path: str | os.PathLike) -> dict:
+def begin_shard(root: Path, split: str, entry: dict) -> tuple[ArrayRecordWriter, Path]:
+  """(the writer of a split's next shard, which has its name when `end_shard` gives it, and that name)."""
+  path = root / f"{split}-{len(entry['shards']):05d}.array_record"
+  return ArrayRecordWriter(f"{path}.tmp", "group_size:1,zstd:1"), path
+
+
+def end_shard(writer: ArrayRecordWriter, path: Path) -> dict:
   """Closes the writer of `path`.tmp and gives the file its name, whole on the disk; its entry of a manifest."""
   writer.close()
   with open(f"{path}.tmp", "rb+") as f:
     sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     os.fsync(f.fileno())
   os.replace(f"{path}.tmp", path)
-  return {"file": Path(path).name, "size": os.path.getsize(path), "sha256": sha256}
+  return {"file": path.name, "size": os.path.getsize(path), "sha256": sha256}
 
 
 class ShardWriter:
@@ -209,8 +215,7 @@ class ShardWriter:
 
   def _end_piece(self) -> None:
     if self._writer is None:
-      self._path = self._root / f"{self._split}-{len(self.entry['shards']):05d}.array_record"
-      self._writer = ArrayRecordWriter(f"{self._path}.tmp", "group_size:1,zstd:1")
+      self._writer, self._path = begin_shard(self._root, self._split, self.entry)
     self._writer.write(self._piece[: self._fill].tobytes())
     self._fill = 0
 

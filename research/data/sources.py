@@ -19,7 +19,7 @@ import tempfile
 from typing import BinaryIO
 import zlib
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 PART = "//"  # between the names of a file and of a document in it: no path has it
 # What reading a record may raise: the record is bad, and nothing else.
@@ -257,10 +257,6 @@ def open_file(path: Path) -> BinaryIO:
 def _read_all(path: Path) -> bytes:
   with open_file(path) as f:
     return f.read()
-
-
-def one_line(e: Exception) -> str:
-  return " ".join(str(e).split())[:200]
 
 
 # By kind: the function of (source, argument, **options) and the options it takes.

@@ -10,7 +10,7 @@ import platform
 
 from research.data import sources
 from research.data.sources import PART, Record
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 __all__ = ["PART", "SPLITS", "Corpus", "check_splits", "corpus", "documents", "info", "name_hash", "read"]
 
@@ -119,7 +119,7 @@ def _good(records: Iterable[Record], max_bad_records: int, bad: list[str]) -> It
       data.decode("utf-8")
     except sources.BAD as e:
       bad.append(record.name)
-      why = " ".join(str(e).split())  # a library's message may have several lines
+      why = one_line(e)
       if len(bad) > max_bad_records:
         fix = f"{record.name} is bad record number {len(bad)} ({why}); repair or remove it, or raise the limit"
         raise UserError("max_bad_records", max_bad_records, fix) from e

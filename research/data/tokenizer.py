@@ -13,8 +13,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from research import paths
 from research.data.text import Corpus
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 _log = logging.getLogger(__name__)
 _BATCH = 256  # documents encoded at once: bounds the memory that their encodings take
@@ -61,10 +62,10 @@ def bpe(corpus: Corpus, vocab: int) -> Tokenizer:
 
   `vocab` counts 256 bytes, the merges and `eod`. A small corpus may have fewer merges;
   `vocab` stays what was asked for, so that the corpus does not decide a model's shape.
-  What was learnt is kept in `$REPRISE_CACHE` (default `~/.cache/reprise`).
+  What was learnt is kept (`paths.cache`).
   """
   key = hashlib.sha256(f"{corpus.sha256} {vocab} {tokenizers.__version__}".encode()).hexdigest()
-  path = _cache_dir() / f"bpe-{key[:32]}.json"
+  path = paths.cache() / f"bpe-{key[:32]}.json"
   model = _cached(path)
   if model is None:
     model = _train(corpus, vocab)
@@ -96,7 +97,7 @@ def hugging_face(spec: str) -> Tokenizer:
   except OSError as e:
     raise UserError(*field, f"cannot be read: {e.strerror}; name a local tokenizer.json") from None
   except Exception as e:  # the library raises no class of its own
-    raise UserError(*field, f"is no tokenizer.json: {' '.join(str(e).split())}") from None
+    raise UserError(*field, f"is no tokenizer.json: {one_line(e)}") from None
   # The file may say how its first user cut and padded: not what a document is.
   library.no_truncation()
   library.no_padding()
@@ -171,10 +172,6 @@ def _alphabet() -> list[str]:
   printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   others = iter(range(256, 512))
   return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
-def _cache_dir() -> Path:
-  return Path(os.environ.get("REPRISE_CACHE") or "~/.cache/reprise").expanduser()
 
 
 def _cached(path: Path) -> str | None:

@@ -6,10 +6,9 @@ import jax
 from jax import P
 import numpy as np
 
-from research.errors import check
-from research.fit import to_devices
-from research.kernels.dispatch import axis_size, place
-from research.mesh import TOKENS
+from research.errors import check, check_range
+from research.kernels.dispatch import batch_shards, place
+from research.mesh import TOKENS, to_devices
 from research.models.vqvae import VQVAE
 
 
@@ -26,12 +25,11 @@ def log_likelihoods(
   fix = f"[images, {cfg.tokens}], and labels [images] or [images, classes]"
   fits = codes.ndim == 2 and codes.shape[1] == cfg.tokens and labels.shape[:1] == codes.shape[:1] and labels.ndim <= 2
   check(fits, "codes", f"{list(codes.shape)}, labels {list(labels.shape)}", f"must be {fix}")
-  for name, x, most in (("codes", codes, cfg.vocab - 1), ("labels", labels, cfg.classes)):
-    low, high = (int(x.min()), int(x.max())) if x.size else (0, 0)
-    check(low >= 0 and high <= most, name, f"{low} .. {high}", f"lie in 0 .. {most}")
+  check_range("codes", codes, cfg.vocab)
+  check_range("labels", labels, cfg.classes + 1)
   image = np.repeat(np.arange(len(codes)), labels.size // max(len(codes), 1))
   flat, out = labels.reshape(-1).astype(np.int32), np.zeros(labels.size)
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   batch = -(-batch // shards) * shards
   for first in range(0, len(flat), batch):
     # the last ones again fill the last batch

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.errors import check
+from research.errors import check, check_range
 
 _ROWS = 2**22  # distances held at once
 
@@ -142,9 +142,7 @@ def fidelity(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
   log_probs: [n, classes]; labels: int [n]. accuracy, and the mean log-probability of the label in nats.
   """
   log_probs = _features(log_probs, "log_probs")
-  classes = log_probs.shape[1]
-  bad = np.flatnonzero((labels < 0) | (labels >= classes))
-  check(bad.size == 0, "labels", labels[bad[:1]], f"lie in 0 .. {classes - 1}")
+  check_range("labels", labels, log_probs.shape[1])
   return {
     "accuracy": float((log_probs.argmax(1) == labels).mean()),
     "log_prob": float(log_probs[np.arange(len(labels)), labels].mean()),

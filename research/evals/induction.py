@@ -6,10 +6,10 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.kernels.dispatch import place
-from research.models.decoder import Decoder
+from research.models.decoder import Decoder, log_likelihood
 
 
-def induction_scores(model: Decoder, *, length: int = 64, rows: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+def induction_scores(model: Decoder, *, length: int = 64, rows: int = 16) -> dict[str, np.ndarray]:
   """Attention of every head on rows of `length` random tokens, each row repeated once.
 
   Means over the second half, float32 [layers, heads] each, all between 0 and 1 and
@@ -22,7 +22,7 @@ def induction_scores(model: Decoder, *, length: int = 64, rows: int = 16, seed: 
   And scalars: nats_first, nats_second, the loss in each half; a model that does induction
   has the second near 0. They are all there is of a model without `attention_weights`.
   """
-  tokens = jax.random.randint(jax.random.key(seed), (rows, length), 0, model.cfg.vocab)
+  tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, model.cfg.vocab)
   tokens = jnp.concatenate([tokens, tokens], axis=1)
   positions = jnp.broadcast_to(jnp.arange(2 * length), tokens.shape)
   out = jax.jit(_measure, static_argnames="length")(model, tokens, jnp.ones_like(tokens), positions, length=length)
@@ -31,7 +31,7 @@ def induction_scores(model: Decoder, *, length: int = 64, rows: int = 16, seed: 
 
 def _measure(model, tokens, segment_ids, positions, length):
   logits = place(model.logits(tokens, segment_ids, positions), P(None, None, None))[:, :-1]
-  nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  nats = -log_likelihood(logits, tokens[:, 1:])
   losses = {"nats_first": jnp.mean(nats[:, : length - 1]), "nats_second": jnp.mean(nats[:, length:])}
   if not hasattr(model, "attention_weights"):
     return losses

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.errors import check
-from research.fit import to_devices
+from research.errors import check, check_range
 from research.kernels.cross_entropy.api import row_cross_entropy
-from research.kernels.dispatch import axis_size
+from research.kernels.dispatch import batch_shards
+from research.mesh import to_devices
 from research.models.decoder import Decoder, next_token_loss
 
 _MULTIPLE = 64  # rows are padded to multiples of it, so that few lengths are compiled
@@ -31,10 +31,9 @@ def log_likelihoods(
       0 < start < len(ids), "continuation", f"{start} of {len(ids)} ids", "needs an id before it and one of its own"
     )
     check(len(ids) - start < max_length, "continuation", f"{len(ids) - start} ids", f"does not fit into {max_length}")
-    low, high = min(ids), max(ids)
-    check(low >= 0 and high < model.cfg.vocab, "ids", f"{low} .. {high}", f"lie in 0 .. {model.cfg.vocab - 1}")
+    check_range("ids", np.asarray(ids), model.cfg.vocab)
   rows = [(list(ids)[-max_length:], start - max(len(ids) - max_length, 0)) for ids, start in rows]
-  shards = axis_size("replica") * axis_size("data")
+  shards = batch_shards()
   batch = -(-batch // shards) * shards
   out = np.zeros(len(rows))
   by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))

@@ -9,8 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from research.fit import to_devices
 from research.generation import Sampling
+from research.mesh import to_devices
 from research.models.decoder import Decoder
 from research.preference.oracles import Oracle
 from research.preference.samplers import Policy, Responses, draw

@@ -1,12 +1,13 @@
 """Which implementation of an op runs a call, and how the op stands on the mesh."""
 
 from collections.abc import Callable
+import math
 
 import jax
 from jax import P
 
 from research.errors import check
-from research.mesh import AXES, BATCH
+from research.mesh import AXES, BATCH, row_spec
 
 
 def platform() -> str:
@@ -46,6 +47,11 @@ def axis_size(name: str) -> int:
   return jax.sharding.get_abstract_mesh().shape[name] if on_mesh() else 1
 
 
+def batch_shards() -> int:
+  """Slices in which the mesh cuts a batch; 1 where the op does not stand on a mesh."""
+  return math.prod(map(axis_size, BATCH))
+
+
 def place(x, spec: P):
   """`x` (an array or None) under `spec`, if a mesh is set: `per_shard` takes its operands as they stand."""
   return jax.reshard(x, spec) if on_mesh() and x is not None else x
@@ -54,7 +60,12 @@ def place(x, spec: P):
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
   """`x` [batch, ...] as [batch, *shape], of which only the batch is cut: plain reshapes refuse to guess that."""
   shape = (x.shape[0], *shape)
-  return jax.lax.reshape(x, shape, out_sharding=P(BATCH, *[None] * (len(shape) - 1)) if on_mesh() else None)
+  return jax.lax.reshape(x, shape, out_sharding=row_spec(len(shape)) if on_mesh() else None)
+
+
+def regroup_rows(x: jax.Array, *shape: int) -> jax.Array:
+  """`x` [batch, ...] in another shape, of which the leading axis alone is cut, too: rows joined, or parted."""
+  return jax.lax.reshape(place(x, row_spec(x.ndim)), shape, out_sharding=row_spec(len(shape)) if on_mesh() else None)
 
 
 def per_shard(f: Callable, in_specs, out_specs) -> Callable:

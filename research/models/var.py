@@ -26,7 +26,7 @@ from research.models.vqvae import check_scales
 from research.nn.dropout import drop_labels, drop_path
 from research.nn.init import fan_in
 from research.nn.mlp import MLP
-from research.nn.norms import standardize
+from research.nn.norms import standardize, unit
 from research.nn.precision import POLICIES, Policy
 
 KV = tuple[jax.Array, jax.Array]  # keys and values, [..., length, heads, head_dim] each
@@ -146,7 +146,8 @@ class Attention(nnx.Module):
       q = q * (0.25 * q.shape[-1] ** -0.5)
     else:
       scale = jnp.exp(jnp.minimum(self.scale[...].astype(policy.reduce), math.log(100)))
-      q, k = (_unit(q, policy) * scale[:, None]).astype(v.dtype), _unit(k, policy).astype(v.dtype)
+      q, k = (z.astype(policy.reduce) for z in (q, k))
+      q, k = (unit(q) * scale[:, None]).astype(v.dtype), unit(k).astype(v.dtype)
     if past is not None:
       k, v = (place(jnp.concatenate(z, axis=1), HEADS) for z in zip(past, (k, v), strict=True))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=policy.reduce)
@@ -345,11 +346,6 @@ def flops_per_token(cfg: VARConfig) -> dict[str, float]:
     "head": 2 * cfg.width * (cfg.vocab + cfg.code_width),
   }
   return {name: 3.0 * flops for name, flops in forward.items()}
-
-
-def _unit(x: jax.Array, policy: Policy) -> jax.Array:
-  x = x.astype(policy.reduce)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 def _gates(cfg: VARConfig, rest: float) -> np.ndarray:

@@ -17,6 +17,7 @@ from research.errors import check
 from research.kernels.dispatch import place, reshape_rows
 from research.mesh import MeshConfig
 from research.nn.conv import GROUPS, IMAGES, Conv, Stack
+from research.nn.norms import unit
 from research.nn.precision import POLICIES
 
 
@@ -156,11 +157,6 @@ class VQ(ConvTokenizer):
   def _book(self) -> jax.Array:
     book = self.codebook[...].astype(jnp.float32)
     return unit(book) if self.cfg.l2_norm else book
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """x / max(|x|, 1e-12) over the last axis."""
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 def nearest(book: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from research.nn.init import fan_in
 from research.nn.precision import Policy
 
 IMAGES = P(BATCH, None, None, None)  # [batch, height, width, channels]
-GROUPS = 32  # of every group norm
+GROUPS, EPS = 32, 1e-6  # of every group norm
 
 
 class Conv(nnx.Module):
@@ -45,17 +45,17 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
   """(x - mean) / deviation over a map and the channels of a group, then * scale + bias (Wu & He, 2018)."""
 
-  def __init__(self, channels: int, policy: Policy, eps: float = 1e-6):
+  def __init__(self, channels: int, policy: Policy):
     self.scale = nnx.Param(jnp.ones(channels, policy.params, out_sharding=P(None)))
     self.bias = nnx.Param(jnp.zeros(channels, policy.params, out_sharding=P(None)))
-    self.eps, self.policy = eps, policy
+    self.policy = policy
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [batch, height, width, channels] -> the same shape and dtype."""
     _, height, width, channels = x.shape
     y = reshape_rows(x.astype(self.policy.reduce), height * width, GROUPS, channels // GROUPS)
     y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(1, 3), keepdims=True) + self.eps)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(1, 3), keepdims=True) + EPS)
     y = reshape_rows(y, height, width, channels) * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)
     return y.astype(x.dtype)
 

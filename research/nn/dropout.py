@@ -1,11 +1,10 @@
 """What training leaves out at random."""
 
 import jax
-from jax import P
 from jax import numpy as jnp
 
 from research.kernels import dispatch
-from research.mesh import BATCH
+from research.mesh import row_spec
 
 
 def dropout(key: jax.Array | None, x: jax.Array, rate: float) -> jax.Array:
@@ -31,5 +30,5 @@ def _keep(key, x, rate, shape):
 
 
 def _bernoulli(key, p, shape):
-  spec = P(BATCH, *[None] * (len(shape) - 1)) if dispatch.on_mesh() else None
+  spec = row_spec(len(shape)) if dispatch.on_mesh() else None
   return jax.random.bernoulli(key, p, shape, out_sharding=spec)

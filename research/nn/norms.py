@@ -66,6 +66,11 @@ def standardize(x: jax.Array, eps: float, policy: Policy) -> jax.Array:
   return _standardized(x.astype(policy.reduce), eps).astype(x.dtype)
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """x / max(|x|, 1e-12) over the last axis."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
 def _standardized(x, eps):
   return _over_rms(x - jnp.mean(x, axis=-1, keepdims=True), eps)
 

@@ -7,6 +7,7 @@ as in `research.preference.losses`, with the same switch between sum and mean ov
 import jax
 from jax import numpy as jnp
 
+from research.models.decoder import log_likelihood
 from research.preference.losses import Reduce, log_prob
 
 
@@ -50,10 +51,7 @@ def superhf(
   tokens: int32 [batch, length], the best response of each superbatch, as `best_of` chooses it.
   """
   logits, base = _read(logits, mask), jax.lax.stop_gradient(_read(base, mask))
-  # a comparison, not a gather: the vocabulary may be cut along the mesh
-  chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
-  logp = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0), axis=-1)
-  return log_prob(b * token_kl(logits, base) - logp, mask, reduce)
+  return log_prob(b * token_kl(logits, base) - log_likelihood(logits, tokens), mask, reduce)
 
 
 def best_of(wins: jax.Array) -> jax.Array:

@@ -20,6 +20,8 @@ import scipy.optimize
 from research.errors import check
 from research.preference import matrices
 
+RESIDUAL = 1e-10  # of an equilibrium's equation
+
 
 def win_rates(preferences: jax.Array, log_policy: jax.Array) -> jax.Array:
   """q = P pi: how often each response beats one drawn from the policy, [..., n]."""
@@ -67,24 +69,24 @@ def bias_bound(log_reference: jax.Array, b: float) -> jax.Array:
   return 2 * b * jnp.max(-log_reference, axis=-1)
 
 
-def equilibrium(preferences: np.ndarray, log_reference: np.ndarray, b: float, residual: float = 1e-10) -> np.ndarray:
+def equilibrium(preferences: np.ndarray, log_reference: np.ndarray, b: float) -> np.ndarray:
   """log pi* [..., n] in float64 of each game: P [..., n, n], log r [..., n], stacked alike.
 
   Newton's method on z = log r + P softmax(z) / b, followed from a large b down to the one asked for. The path has
   no turning point: at a singular Jacobian some v has b v = S D v with S = P - 1/2 skew and D the covariance of
   softmax, whence v' D v = 0 and v = 0. Raises UserError for a bad game; ArithmeticError where the equation is
-  left with more than `residual`.
+  left with more than `RESIDUAL`.
   """
   p = matrices.checked(preferences)
   log_r = matrices.checked_policy(np.exp(np.asarray(log_reference, np.float64)))
   check(b > 0, "b", b, "must be positive; without KL terms use `nash`")
   shape = log_r.shape
   stacked = zip(p.reshape(-1, *p.shape[-2:]), log_r.reshape(-1, shape[-1]), strict=True)
-  solved = [_follow(*game, b, residual) for game in stacked]
+  solved = [_follow(*game, b) for game in stacked]
   return np.stack(solved).reshape(shape)
 
 
-def _follow(p: np.ndarray, log_r: np.ndarray, b: float, residual: float) -> np.ndarray:
+def _follow(p: np.ndarray, log_r: np.ndarray, b: float) -> np.ndarray:
   s = p - 0.5  # the constant half shifts z, no more
   z, at, factor = log_r - log_r.mean(), max(1.0, b), 0.7
   z, _ = _newton(s, log_r, z, at)
@@ -99,7 +101,7 @@ def _follow(p: np.ndarray, log_r: np.ndarray, b: float, residual: float) -> np.n
       if factor > 0.9999:
         break
   z, error = _newton(s, log_r, z, b)
-  if not error < residual:
+  if not error < RESIDUAL:
     raise ArithmeticError(f"no equilibrium found at b={b}: residual {error:.1e}")
   return z - np.logaddexp.reduce(z)
 

@@ -11,6 +11,7 @@ import jax
 from jax import numpy as jnp
 
 from research.generation import Sampling
+from research.kernels.dispatch import regroup_rows
 from research.metrics import Mean
 from research.models.decoder import Decoder
 from research.preference import losses
@@ -24,7 +25,6 @@ from research.preference.samplers import (
   Sampler,
   draw,
   repeated_rows,
-  reshaped_rows,
   token_log_probs,
 )
 
@@ -95,7 +95,7 @@ def rollout(
   def make(sampler, key, count=1):
     prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
     drawn = draw(sampler, policy, reference, prompts, lengths, key, tokens=tokens, stop=stop)
-    apart = jax.tree.map(lambda x: reshaped_rows(x, len(x) // count, count, tokens), drawn)
+    apart = jax.tree.map(lambda x: regroup_rows(x, len(x) // count, count, tokens), drawn)
     return [Responses(apart.tokens[:, i], apart.mask[:, i]) for i in range(count)]
 
   if method.y == method.y2:
@@ -119,8 +119,8 @@ def scored(model: Decoder, batch: dict[str, jax.Array]) -> jax.Array:
   """float32 [batch, responses, tokens]: the log-probabilities of a rollout's responses under `model`."""
   size, count, length = batch["responses"].shape
   prompts, lengths = (repeated_rows(batch[name], count) for name in ("prompts", "lengths"))
-  flat = Responses(*(reshaped_rows(batch[name], size * count, length) for name in ("responses", "mask")))
-  return reshaped_rows(token_log_probs(model, prompts, lengths, flat), size, count, length)
+  flat = Responses(*(regroup_rows(batch[name], size * count, length) for name in ("responses", "mask")))
+  return regroup_rows(token_log_probs(model, prompts, lengths, flat), size, count, length)
 
 
 def loss(

@@ -24,7 +24,7 @@ from research.errors import check
 from research.fit import Experiment, TrainState, accumulated, to_devices, unless_nonfinite
 from research.generation import Sampling
 from research.kernels.dispatch import place
-from research.mesh import BATCH
+from research.mesh import row_spec
 from research.metrics import Mean
 from research.models.decoder import Decoder
 from research.preference import methods, oracles, updates
@@ -221,7 +221,7 @@ def _learned_from(made: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _cut(x: jax.Array) -> jax.Array:
-  return place(x, P(BATCH, *[None] * (x.ndim - 1)))
+  return place(x, row_spec(x.ndim))
 
 
 def _whole(x: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from research.errors import check
 from research.kernels.dispatch import place
 from research.preference import matrices
 
+_TOLERANCE = 1e-5  # of `checked`: float32, and a sigmoid or two
+
 
 class Oracle(Protocol):
   """What answers for people."""
@@ -130,12 +132,6 @@ class Learned:
     return (first + second) / 2
 
 
-def learned_loss(oracle: Learned, prompt: Any, y: Any, y2: Any, preference: jax.Array) -> jax.Array:
-  """[batch]: cross-entropy in nats of a judge's probability with the observed preference, a label or a share."""
-  p = jnp.clip(oracle.prob(prompt, y, y2), 1e-7, 1 - 1e-7)
-  return -preference * jnp.log(p) - (1 - preference) * jnp.log1p(-p)
-
-
 def pairwise(oracle: Oracle, prompt: Any, responses: Any, k: int) -> jax.Array:
   """P [batch, k, k] among k responses a prompt; `responses` has axes [batch, k, ...]. k^2 queries."""
   one = lambda i: jax.tree.map(lambda x: x[:, i], responses)
@@ -143,13 +139,13 @@ def pairwise(oracle: Oracle, prompt: Any, responses: Any, k: int) -> jax.Array:
   return jnp.stack(rows, axis=1)
 
 
-def checked(oracle: Oracle, prompt: Any, y: Any, y2: Any, tolerance: float = 1e-5) -> None:
+def checked(oracle: Oracle, prompt: Any, y: Any, y2: Any) -> None:
   """Asks the oracle in both orders, and of y itself. Raises UserError naming the first row that breaks the contract."""
   ask = jax.jit(lambda y, y2: place(oracle.prob(prompt, y, y2), P()))  # whole, on every process
   there, back, same = (np.asarray(p, np.float64) for p in (ask(y, y2), ask(y2, y), ask(y, y)))
   _rows(~((there >= 0) & (there <= 1)), there, "must be a probability, in [0, 1]")
-  _rows(~(np.abs(there + back - 1) <= tolerance), there, "and the other order must sum to 1")
-  _rows(~(np.abs(same - 0.5) <= tolerance), same, "a response against itself must be 0.5")
+  _rows(~(np.abs(there + back - 1) <= _TOLERANCE), there, "and the other order must sum to 1")
+  _rows(~(np.abs(same - 0.5) <= _TOLERANCE), same, "a response against itself must be 0.5")
 
 
 def _rows(wrong: np.ndarray, values: np.ndarray, fix: str) -> None:

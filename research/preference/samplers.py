@@ -17,9 +17,9 @@ from jax import numpy as jnp
 
 from research.errors import check
 from research.generation import Sampling, continuations, filtered, sample
-from research.kernels.dispatch import on_mesh, place
-from research.mesh import BATCH, HIDDEN, TOKENS
-from research.models.decoder import Decoder
+from research.kernels.dispatch import place, regroup_rows
+from research.mesh import HIDDEN, TOKENS
+from research.models.decoder import Decoder, log_likelihood
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "mask"], meta_fields=[])
@@ -144,10 +144,7 @@ def token_log_probs(model: Decoder, prompts: jax.Array, lengths: jax.Array, resp
   ids = jnp.concatenate([place(prompts, TOKENS), responses.tokens], axis=1)[:, :-1]
   at = jnp.arange(ids.shape[1]) - (before - place(lengths, P(TOKENS[0]))[:, None])
   x = model(ids, (at >= 0).astype(jnp.int32), jnp.maximum(at, 0))
-  logits = model.unembed(place(x[:, before - 1 :], HIDDEN))
-  # a comparison, not a gather: the vocabulary may be cut along the mesh
-  chosen = jnp.where(jnp.arange(logits.shape[-1]) == responses.tokens[..., None], logits, 0)
-  return jnp.sum(chosen, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+  return log_likelihood(model.unembed(place(x[:, before - 1 :], HIDDEN)), responses.tokens)
 
 
 def enumerated(model: Decoder, prompts: jax.Array, lengths: jax.Array, strings: jax.Array) -> jax.Array:
@@ -157,9 +154,9 @@ def enumerated(model: Decoder, prompts: jax.Array, lengths: jax.Array, strings: 
   """
   size, n = len(prompts), len(strings)
   ids = repeated_rows(prompts, n), repeated_rows(lengths, n)
-  tokens = reshaped_rows(jnp.broadcast_to(strings, (size, *strings.shape)), size * n, strings.shape[1])
+  tokens = regroup_rows(jnp.broadcast_to(strings, (size, *strings.shape)), size * n, strings.shape[1])
   logp = token_log_probs(model, *ids, Responses(tokens, jnp.ones_like(tokens, jnp.float32)))
-  return reshaped_rows(logp, size, n, strings.shape[1])
+  return regroup_rows(logp, size, n, strings.shape[1])
 
 
 def tokenwise_mixture(policy: jax.Array, reference: jax.Array, coefficient: float, vocab: int) -> jax.Array:
@@ -181,11 +178,5 @@ def repeated_rows(x: jax.Array, count: int) -> jax.Array:
   """Each row of `x` [batch, ...] so many times in a row, cut along the batch."""
   if count == 1:
     return x
-  rows = jnp.broadcast_to(reshaped_rows(x, len(x), 1, *x.shape[1:]), (len(x), count, *x.shape[1:]))
-  return reshaped_rows(rows, len(x) * count, *x.shape[1:])
-
-
-def reshaped_rows(x: jax.Array, *shape: int) -> jax.Array:
-  """`x` in another shape, of which the leading axis alone is cut, as it was before."""
-  cut = lambda ndim: P(BATCH, *[None] * (ndim - 1))
-  return jax.lax.reshape(place(x, cut(x.ndim)), shape, out_sharding=cut(len(shape)) if on_mesh() else None)
+  rows = jnp.broadcast_to(regroup_rows(x, len(x), 1, *x.shape[1:]), (len(x), count, *x.shape[1:]))
+  return regroup_rows(rows, len(x) * count, *x.shape[1:])

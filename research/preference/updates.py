@@ -12,8 +12,6 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from research.fit import accumulated
-
 Gradient = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 
 
@@ -68,12 +66,6 @@ def optimistic(gradient: Gradient, tx: optax.GradientTransformation, params: Any
 
 
 UPDATES = {"plain": plain, "extragradient": extragradient, "optimistic": optimistic}
-
-
-def averaged(loss: Callable[..., dict[str, Any]]) -> Gradient:
-  """The gradient of sum(total) / sum(weight) of a loss (parameters, opponent, key) -> {"loss": Mean, ...}."""
-  against = lambda params, opponent, key: loss(params, jax.lax.stop_gradient(opponent), key)
-  return lambda params, opponent, key: accumulated(against, params, opponent, key, 1)
 
 
 def _step(tx: optax.GradientTransformation, grads: Any, params: Any, opt: Any) -> tuple[Any, Any]:

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from research import cpu, image_tokenizers, run
+from research import cpu, image_tokenizers, paths, run
 from research import mesh as meshes
 from research.data import codes, images, shards
 from research.data.images import ImageConfig
 from research.errors import UserError, check
-from research.fit import to_devices
+from research.mesh import to_devices
 from research.tools import writing
 
 # by name, which of `images.ten_crops` an image is encoded in; validation images in the first alone
@@ -85,7 +85,7 @@ def write(data: images.ImageData, tokenizer, root: pathlib.Path, args: argparse.
     about = {"format": codes.FORMAT, "complete": False, "settings": settings, "tokenizer": about_tokenizer}
     about |= {"tokens": image_tokenizers.tokens(tokenizer, cfg.size), "classes": list(data.classes)}
     about["splits"] = codes.empty({"train": len(VIEWS[args.views]), "validation": 1})
-  save = lambda: writing.replace(path, json.dumps(about, indent=1) + "\n")
+  save = lambda: paths.write(path, json.dumps(about, indent=1) + "\n")
   if not about["complete"]:
     save()
     for split, entry in about["splits"].items():

@@ -19,8 +19,8 @@ from research.errors import check
 from research.evals import choices
 from research.evals.induction import induction_scores
 from research.evals.likelihood import perplexity
+from research.markdown import table
 from research.mesh import batch_shard
-from research.report import table
 from research.tools import models
 
 _BATCH = 16

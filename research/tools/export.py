@@ -18,9 +18,8 @@ def main() -> None:
   parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
   parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
   args = parser.parse_args()
-  args.weights = args.tokenizer = None
   with runs.mesh():
-    opened = models.open_model(args, [])
+    opened = models.open_run(args.workdir, args.run)
     settings = {"max_position_embeddings": opened.length}
     if opened.reads_text:
       settings |= {"bos_token_id": opened.tokenizer().eod, "eos_token_id": opened.tokenizer().eod}

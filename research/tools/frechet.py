@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 from research import run
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 from research.evals.images import frechet_of_gaussians, gaussian
 
 _BATCH = 64
@@ -63,7 +63,7 @@ def statistics(field: str, path: str, f: Callable | None) -> tuple[tuple[np.ndar
     with np.load(path, allow_pickle=False) as file:
       held = {name: file[name] for name in ("mu", "sigma", "features", "arr_0") if name in file.files}
   except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as e:
-    raise UserError(field, path, f"is no sound .npz file: {' '.join(str(e).split())}") from None
+    raise UserError(field, path, f"is no sound .npz file: {one_line(e)}") from None
   if {"mu", "sigma"} <= held.keys():
     mean, covariance = (held[name].astype(np.float64) for name in ("mu", "sigma"))
     fits = mean.ndim == 1 and covariance.shape == 2 * mean.shape

@@ -20,7 +20,7 @@ import numpy as np
 
 from research import mesh as meshes
 from research import run
-from research.errors import UserError, check
+from research.errors import UserError, check, check_range, one_line
 from research.image_generation import check_tokenizer
 from research.models import convert
 from research.models.llamagen import LlamaGen
@@ -69,7 +69,7 @@ def read_array(path: str, name: str, ndim: int) -> np.ndarray:
   except OSError as e:
     raise UserError("tokens", path, f"cannot be read: {e.strerror or e}") from None
   except (ValueError, EOFError, zipfile.BadZipFile) as e:
-    raise UserError("tokens", path, f"is no sound .npz file: {' '.join(str(e).split())}") from None
+    raise UserError("tokens", path, f"is no sound .npz file: {one_line(e)}") from None
   check(np.issubdtype(array.dtype, np.integer), name, f"{path} {array.dtype}", "must be whole numbers")
   shape = "[batch, length]" if ndim == 2 else "[batch]"
   ok = array.ndim == ndim and array.size > 0
@@ -92,7 +92,7 @@ def read_tokenizer(path: str | None, model: LlamaGen | VAR) -> VQVAE | None:
 
 def logits(model, vocab: int, tokens: np.ndarray) -> np.ndarray:
   """float32 [batch, length, vocab] of the model at whole-number `tokens` [batch, length]. Raises UserError."""
-  _check_range("tokens", tokens, vocab)
+  check_range("tokens", tokens, vocab)
 
   def f(model, tokens):
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -109,8 +109,8 @@ def image_logits(
   tokenizer: of VAR, which needs all tokens of an image. Raises UserError.
   """
   cfg = model.cfg
-  _check_range("tokens", tokens, cfg.vocab)
-  _check_range("labels", labels, cfg.classes + 1)
+  check_range("tokens", tokens, cfg.vocab)
+  check_range("labels", labels, cfg.classes + 1)
   check(len(labels) == len(tokens), "labels", len(labels), f"must be one for each of the {len(tokens)} rows of tokens")
   length, whole = tokens.shape[1], tokenizer is not None
   fits = length == cfg.tokens if whole else length <= cfg.tokens
@@ -121,11 +121,6 @@ def image_logits(
     return model.logits(tokens if tokenizer is None else tokenizer.inputs(tokens), labels)
 
   return _in_parts(f, (model, tokenizer), cfg.vocab, tokens, labels)
-
-
-def _check_range(name: str, x: np.ndarray, stop: int) -> None:
-  low, high = x.min(), x.max()
-  check(low >= 0 and high < stop, name, int(low if low < 0 else high), f"must lie in 0 .. {stop - 1}")
 
 
 def _in_parts(f, model, vocab: int, *arrays: np.ndarray) -> np.ndarray:

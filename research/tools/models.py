@@ -1,7 +1,7 @@
 """What the tools for people share: which model, and what text is to it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -10,6 +10,7 @@ from typing import Any
 from research import config, data, paths, report, runs
 from research.data import TextConfig, Tokenizer
 from research.errors import UserError, check
+from research.generation import Sampling
 from research.models import convert
 
 
@@ -22,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--tokenizer", metavar="NAME", help="of --weights: bytes, or hf:PATH (default: hf:DIR/tokenizer.json)"
   )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+  """--temperature, --top_k, --top_p and --seed; `sampling` reads them."""
+  default = Sampling()
+  parser.add_argument("--temperature", type=float, default=default.temperature, metavar="T", help="0: the likeliest")
+  parser.add_argument("--top_k", type=int, default=default.top_k, metavar="K", help="of the K likeliest (default: all)")
+  parser.add_argument("--top_p", type=float, default=default.top_p, metavar="P", help="of the likeliest with this sum")
+  parser.add_argument("--seed", type=int, default=0)
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+  """How to draw. Raises UserError, also for the seed."""
+  check(0 <= args.seed < 2**31, "seed", args.seed, "seeds lie in 0 .. 2^31-1")
+  return Sampling(args.temperature, args.top_k, args.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +57,7 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
   """The model the arguments name, on the current mesh. Raises UserError."""
   if args.workdir is not None:
     check(args.tokenizer is None, "tokenizer", args.tokenizer, "a workdir knows its own; leave it out")
-    name, _ = runs.find(args.workdir, args.run)
-    cfg, model = runs.load(args.workdir, name, overrides)
-    about = report.manifest(paths.parse(args.workdir))["data"].get(name.rpartition("-")[0], {}).get("tokenizer")
-    tokenizer = functools.cache(lambda: _trained_with(args.workdir, name, cfg, about))
-    # A packed document has the end of the one before it as its first input; prompts of preferences say what they have.
-    begin = lambda: getattr(cfg.data, "begin", (tokenizer().eod,))
-    return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, begin)
+    return open_run(args.workdir, args.run, overrides)
   check(args.run is None, "run", args.run, "goes with --workdir")
   check(not overrides, "config", overrides[0] if overrides else "", "goes with --workdir")
   weights = convert.read(args.weights)
@@ -60,6 +70,17 @@ def open_model(args: argparse.Namespace, overrides: list[str]) -> Opened:
   name = pathlib.Path(args.weights).resolve().name
   tokenizer = functools.cache(lambda: _published_with(args, cfg.vocab))
   return Opened(model, None, name, length, True, tokenizer, lambda: () if bos is None else (int(bos),))
+
+
+def open_run(workdir: str, run: str | None, overrides: Sequence[str] = ()) -> Opened:
+  """The model of a workdir's run ("ARM-SEED"; None: the only one), on the current mesh. Raises UserError."""
+  name, _ = runs.find(workdir, run)
+  cfg, model = runs.load(workdir, name, overrides)
+  about = report.manifest(paths.parse(workdir))["data"].get(name.rpartition("-")[0], {}).get("tokenizer")
+  tokenizer = functools.cache(lambda: _trained_with(workdir, name, cfg, about))
+  # A packed document has the end of the one before it as its first input; prompts of preferences say what they have.
+  begin = lambda: getattr(cfg.data, "begin", (tokenizer().eod,))
+  return Opened(model, cfg, name, cfg.length, about is not None, tokenizer, begin)
 
 
 def _trained_with(workdir: str, name: str, cfg: config.RunConfig, about: dict | None) -> Tokenizer:

@@ -6,7 +6,7 @@ import jax
 
 from research import config, run
 from research import mesh as meshes
-from research.report import table
+from research.markdown import table
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def describe(arm: str, cfg: config.RunConfig) -> str:
   mesh = meshes.abstract_mesh(cfg.mesh, meshes.least_devices(cfg.mesh))
   with jax.sharding.use_abstract_mesh(mesh):
     exp = config.experiment_module(cfg.experiment).build(cfg)
-    model = jax.eval_shape(exp.init, jax.eval_shape(lambda: jax.random.key(0)))
+    model = meshes.shapes_of(exp.init)
   rows = [
     (path_name(path), "x".join(map(str, x.shape)), x.dtype, str(x.sharding.spec), f"{math.prod(x.shape):,}")
     for path, x in jax.tree_util.tree_leaves_with_path(model)

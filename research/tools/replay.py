@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import cpu, data, fit, paths, run, runs, writers
+from research import config, cpu, data, fit, paths, run, runs, writers
+from research import mesh as meshes
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
 from research.errors import check
-from research.report import table
+from research.markdown import table
 
 TEXT = 400  # characters shown of a document
 
@@ -50,7 +51,7 @@ def main() -> None:
   check(args.row is None or 0 <= args.row < cfg.batch, "row", args.row, f"a batch has the rows 0 to {cfg.batch - 1}")
   run.compilation_cache()
   with run.double(cfg.x64):
-    mesh, exp = run.prepare(run.config.experiment_module(cfg.experiment).build, cfg)
+    mesh, exp = run.prepare(config.experiment_module(cfg.experiment).build, cfg)
     with jax.set_mesh(mesh):
       same = show(replay(paths.parse(args.workdir), name, cfg, mesh, exp, args.step), args.step, args.row)
   if not same:
@@ -68,27 +69,27 @@ def replay(
   exp.prepare(functools.partial(run.sibling, workdir, cfg))
   abstract = fit.abstract_state(exp)
   rows = iter(exp.data("train"))
-  checkpoints = Checkpoints(workdir / "checkpoints" / name)
+  checkpoints = Checkpoints(runs.checkpoint_dir(workdir, arm, cfg.seed))
   saved = [s for s in checkpoints.steps() if s <= step]
   init_from = starts.get("init_from")
   if saved:
-    restored = checkpoints.restore(fit.on_devices(abstract), step=saved[-1])
+    restored = checkpoints.restore(meshes.on_devices(abstract), step=saved[-1])
     rows.set_state(restored.data_state)
     state, start = restored.state, restored.step
   else:
-    state, start = fit.start_state(exp, cfg, fit.on_devices(abstract), init_from), 0
+    state, start = fit.start_state(exp, cfg, meshes.on_devices(abstract), init_from), 0
   reference = fit.frozen(exp, cfg, abstract, init_from)
   step_fn = fit.jit_step(exp, cfg, abstract)
   log = _logged(workdir, name)
   compared = {}
   for now in range(start, step):
-    state, metrics = jax.block_until_ready(step_fn(state, fit.to_devices(next(rows)), reference))
+    state, metrics = jax.block_until_ready(step_fn(state, meshes.to_devices(next(rows)), reference))
     if now in log:
       compared[now] = (float(metrics["loss"]), log[now])
   batch = next(rows)
   if step in log:  # the step itself, of a copy: the state before it is what the rows' losses are of
     kept = jax.tree.map(lambda x: x.copy(), state)
-    _, metrics = jax.block_until_ready(step_fn(kept, fit.to_devices(batch), reference))
+    _, metrics = jax.block_until_ready(step_fn(kept, meshes.to_devices(batch), reference))
     compared[step] = (float(metrics["loss"]), log[step])
   return Replayed(exp, cfg, state, batch, start, compared, reference)
 
@@ -98,7 +99,7 @@ def row_losses(replayed: Replayed, weights: Iterable[np.ndarray]) -> list[float]
   exp, key = replayed.exp, jax.random.fold_in(replayed.state.key, replayed.state.step)
   reference = fit.if_any(replayed.reference)
   loss = jax.jit(lambda model, batch: exp.loss(model, batch, key, *reference)["loss"].value)
-  of = lambda w: jax.block_until_ready(loss(replayed.state.model, fit.to_devices(replayed.batch | {"weights": w})))
+  of = lambda w: jax.block_until_ready(loss(replayed.state.model, meshes.to_devices(replayed.batch | {"weights": w})))
   return [float(of(w)) for w in weights]
 
 

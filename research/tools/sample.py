@@ -17,11 +17,12 @@ import numpy as np
 from research import cpu, image_generation, image_tokenizers, report, run, runs
 from research.data.images import square
 from research.errors import UserError, check
-from research.fit import to_devices
 from research.generation import Sampling
+from research.mesh import to_devices
 from research.models import convert
 from research.models.llamagen import LlamaGen
 from research.models.var import VAR
+from research.tools import models
 from research.tools.logits import save
 
 # what tells a model from another one of its kind
@@ -31,7 +32,7 @@ _SIZES = ("layers", "heads", "width", "mlp_width", "vocab", "classes")
 def main() -> None:
   cpu.tune()
   args, overrides = parse(sys.argv[1:])
-  sampling = Sampling(args.temperature, args.top_k, args.top_p)
+  sampling = models.sampling(args)
   run.compilation_cache()
   with runs.mesh(overrides):
     model, about = open_model(args, overrides)
@@ -68,10 +69,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--labels", default="random", help="random, even (as many of each class), or numbers: 1,1,207")
   parser.add_argument("--samples", type=int, default=64, metavar="N", help="of random or even labels (default: 64)")
   parser.add_argument("--scale", type=float, default=0.0, metavar="S", help="of guidance; 0: none (default)")
-  parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest")
-  parser.add_argument("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: all)")
-  parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="from the likeliest with this sum")
-  parser.add_argument("--seed", type=int, default=0)
+  models.add_sampling(parser)
   parser.add_argument("--batch", type=int, default=64, help="images at once (default: 64)")
   parser.add_argument("--size", type=int, help="pixels a side to resize to (default: as generated)")
   parser.add_argument("--grid", metavar="FILE.png", help="a picture of the first images, row by row")
@@ -82,7 +80,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     check(getattr(args, name) >= 1, name, getattr(args, name), "use a positive number")
   check(args.size is None or args.size >= 1, "size", args.size, "use a positive number")
   check(args.scale >= 0, "scale", args.scale, "use 0 (no guidance) or more")
-  check(0 <= args.seed < 2**31, "seed", args.seed, "seeds lie in 0 .. 2^31-1")
   return args, overrides
 
 
@@ -124,8 +121,7 @@ def choose_labels(args: argparse.Namespace, classes: int) -> np.ndarray:
     labels = np.array([int(n) for n in args.labels.split(",")], np.int32)
   except ValueError:
     raise UserError("labels", args.labels, "use random, even, or numbers with commas between: 1,1,207") from None
-  bad = labels[(labels < 0) | (labels > classes)]
-  check(bad.size == 0, "labels", bad[:4].tolist(), f"lie in 0 .. {classes - 1}, and {classes} is the null class")
+  image_generation.check_labels(labels, classes)
   return labels
 
 

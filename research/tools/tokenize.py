@@ -14,7 +14,7 @@ import sys
 
 from tqdm import tqdm
 
-from research import run
+from research import paths, run
 from research.data import TextConfig, load_tokenizer, shards, sources, text
 from research.data import tokenizer as tokenizers
 from research.errors import check
@@ -63,7 +63,7 @@ def write(cfg: TextConfig, root: pathlib.Path, shard_tokens: int) -> None:
   tokenizer = _tokenizer(cfg, root, about["tokenizer"])
   about["tokenizer"] = {name: getattr(tokenizer, name) for name in ("name", "vocab", "eod", "sha256")}
   if not about["complete"]:
-    save = lambda: writing.replace(path, json.dumps(about, indent=1) + "\n")
+    save = lambda: paths.write(path, json.dumps(about, indent=1) + "\n")
     save()
     writers = {
       split: shards.ShardWriter(root, split, tokenizer, shard_tokens, entry, save)
@@ -115,7 +115,7 @@ def _tokenizer(cfg: TextConfig, root: pathlib.Path, before: dict | None):
   same = before is None or before["sha256"] == tokenizer.sha256
   check(same, "tokenizer", cfg.tokenizer, f"is not the one that the shards in {root} were written with")
   if tokenizer.model and before is None:
-    writing.replace(path, tokenizer.model)
+    paths.write(path, tokenizer.model)
   return tokenizer
 
 

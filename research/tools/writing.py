@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -49,16 +48,6 @@ def begun(root: pathlib.Path, settings: Mapping[str, Any], form: int | str) -> d
   except (ValueError, KeyError, TypeError, AttributeError):
     raise UserError("out", root, f"its {shards.MANIFEST} is damaged; use another --out") from None
   return about
-
-
-def replace(path: pathlib.Path, content: str) -> None:
-  """Writes the file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
 
 
 def _sha256(path: pathlib.Path) -> str:

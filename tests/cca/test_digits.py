@@ -171,7 +171,7 @@ def test_what_does_not_fit_together_is_told_in_one_line_before_anything_is_compi
 def test_ddo_needs_a_model_that_it_can_draw_from():
   _, cfg = config.expand(config.load(DIGITS, ["only=ddo"]))[0]
   with small.use(), pytest.raises(UserError, match="init_from='': ddo's negatives are drawn"):
-    build(config.freeze(type(cfg), config.override(config.as_configdict(cfg), type(cfg), ["init_from="])))
+    build(config.changed(cfg, ["init_from="]))
 
 
 def test_of_the_last_rows_only_whole_batches_are_kept():

@@ -16,8 +16,7 @@ from experiments.cca import losses, tuning
 from experiments.cca.tuning import TuningConfig
 from research.errors import UserError
 from research.evals.image_likelihood import log_likelihoods
-from research.fit import on_devices, to_devices
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, on_devices, to_devices
 from research.models import convert
 from research.models.decoder import log_likelihood
 from research.models.llamagen import LlamaGen, LlamaGenConfig
@@ -417,9 +416,9 @@ def test_what_cannot_be_tuned_is_told_in_one_line_before_anything_is_compiled(ca
 @pytest.mark.parametrize(
   ("change", "told"),
   [
-    ({"labels": [0, 5]}, "labels=0 .. 5: the model's lie in 0 .. 4"),
-    ({"labels": [-1, 0]}, "labels=-1 .. 0"),
-    ({"codes": np.full((2, 16), 16)}, "codes=16 .. 16: the model's lie in 0 .. 15"),
+    ({"labels": [0, 5]}, "labels=5: must lie in 0 .. 4"),
+    ({"labels": [-1, 0]}, "labels=-1: must lie in 0"),
+    ({"codes": np.full((2, 16), 16)}, "codes=16: must lie in 0 .. 15"),
     ({"codes": np.zeros((2, 15), int)}, "codes=.2, 15.: the model writes 16 tokens"),
     ({"labels": [0]}, "labels=.1.: must be 2"),
   ],

@@ -9,8 +9,7 @@ import pytest
 from research.errors import UserError
 from research.evals import image_likelihood
 from research.evals.image_likelihood import log_likelihoods, measures, of_every_class
-from research.fit import on_devices
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, on_devices
 from research.models.llamagen import LlamaGen, LlamaGenConfig
 from tests import small
 from tests.models import images
@@ -91,8 +90,8 @@ def test_var_reads_what_its_tokenizer_makes_of_the_codes():
 @pytest.mark.parametrize(
   ("codes", "labels", "told"),
   [
-    (WORLD[:2], [0, 4], "labels=0 .. 4: lie in 0 .. 3"),
-    (WORLD[:2] - 1, [0, 1], "codes=-1 .. 0: lie in 0 .. 3"),
+    (WORLD[:2], [0, 4], "labels=4: must lie in 0 .. 3"),
+    (WORLD[:2] - 1, [0, 1], "codes=-1: must lie in 0 .. 3"),
     (WORLD[:2, :3], [0, 1], "codes=.2, 3., labels .2.: must be .images, 4."),
     (WORLD[:2], [0], "codes=.2, 4., labels .1."),
   ],

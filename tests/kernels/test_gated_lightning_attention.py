@@ -13,6 +13,7 @@ from research.errors import UserError
 from research.kernels.lightning_attention import features, pallas_tpu_gated, reference
 from research.kernels.lightning_attention.features import activate, phases
 from research.kernels.lightning_attention.gated import gated_lightning_attention
+from research.kernels.lightning_attention.tpu_gated_blocks import shape_of
 from research.mesh import MeshConfig, make_mesh
 from tests.kernels.test_lightning_attention import OF_V5E
 
@@ -222,5 +223,5 @@ def test_what_the_fused_kernel_cannot_take_goes_to_the_plain_one_where_that_can(
 
 def test_blocks_are_no_longer_than_the_row_needs():
   x = lambda length: jax.ShapeDtypeStruct((1, length, 8, 4, 128), jnp.bfloat16)
-  block = lambda length: pallas_tpu_gated._shape(x(length), None, None, "silu", pallas_tpu_gated.BLOCK).block
+  block = lambda length: shape_of(x(length), None, None, "silu", pallas_tpu_gated.BLOCK).block
   assert [block(n) for n in (1, 128, 200, 1100)] == [128, 128, 256, 640]

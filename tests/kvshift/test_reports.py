@@ -13,8 +13,8 @@ from experiments.kvshift.experiment import Config
 from experiments.kvshift.reports import REPORTS, report
 from experiments.kvshift.reports.common import label
 from experiments.kvshift.reports.learned import counts
-from experiments.kvshift.reports.sweep import non_embedding
 from research import config, manifest
+from research.comparison import parameters
 from tests import small
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "experiments/kvshift/configs"
@@ -116,9 +116,9 @@ def test_non_embedding_parameters_are_those_of_the_layers_and_the_last_norm():
   plain = dataclasses.replace(cfg, attention="plain")
   m = small.MODEL
   layer = m.width * (m.heads + 2 * m.kv_heads) * m.head_dim + m.heads * m.head_dim * m.width + 3 * m.width * m.mlp_width
-  assert non_embedding(plain) == m.layers * (layer + 2 * m.width) + m.width
-  assert non_embedding(cfg) == non_embedding(plain) + 4 * m.kv_heads * m.layers
-  assert non_embedding(cfg, mix=False) == non_embedding(plain)
+  assert parameters(plain) == m.layers * (layer + 2 * m.width) + m.width
+  assert parameters(cfg) == parameters(plain) + 4 * m.kv_heads * m.layers
+  assert parameters(cfg, ("embed", "head", "mix")) == parameters(plain)
 
 
 @pytest.mark.parametrize(("arm", "words"), [("kvshift-1", "KV shifting, 1"), ("canon", "Canon-B"), ("main", "main")])

@@ -11,8 +11,7 @@ import pytest
 from experiments.kvshift import variants
 from experiments.kvshift.attention import KVShift, mix
 from experiments.kvshift.experiment import ATTENTIONS
-from research.fit import to_devices
-from research.mesh import BATCH, PARTITIONS, MeshConfig
+from research.mesh import BATCH, PARTITIONS, MeshConfig, to_devices
 from research.models.decoder import next_token_loss
 from research.models.transformer import Transformer
 from tests import small

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.kvshift.attention import KVShift
-from research.fit import to_devices
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, to_devices
 from research.models.decoder import next_token_loss
 from research.models.transformer import Transformer, flops_per_token
 from tests import small

@@ -11,10 +11,9 @@ import pytest
 
 from research import mesh as meshes
 from research.errors import UserError
-from research.fit import to_devices
 from research.generation import Sampling, generate
 from research.kernels.lightning_attention.features import phases
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, to_devices
 from research.models import convert
 from research.models.decoder import next_token_loss, unstack
 from research.models.transnormer import TransNormer, TransNormerConfig, flops_per_token

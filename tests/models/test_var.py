@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.fit import to_devices
+from research.mesh import to_devices
 from research.models import convert, var
 from research.models.decoder import log_likelihood
 from research.models.var import SIZES, VAR, VARConfig, official

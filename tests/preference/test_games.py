@@ -2,21 +2,16 @@
 
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
 from research.errors import UserError
 from research.preference import games, matrices
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "tabular.npz")
 BETAS = [0.1, 0.01, 0.001]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-  with jax.enable_x64(True):
-    yield
 
 
 def log_softmax(theta):

@@ -14,13 +14,9 @@ import pytest
 
 from research.preference import distillation, losses
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "losses.npz")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-  with jax.enable_x64(True):
-    yield
 
 
 def token_log_probs(logits, ids):

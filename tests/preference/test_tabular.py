@@ -13,6 +13,8 @@ from research.errors import UserError
 from research.preference import comparisons, games, matrices, tabular
 from research.preference.tabular import METHODS, Game, Sampled, run, start
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "tabular.npz")
 RATES = {0.1: 0.1, 0.01: 0.02, 0.001: 0.0002}
 half_mixture = functools.partial(tabular.mixture, strength=0.5)  # as the public code has it
@@ -23,12 +25,6 @@ OFFICIAL = {
   "nash_md_pg": dataclasses.replace(METHODS["nash_md_pg"], opponent=half_mixture),
   "egpo": METHODS["egpo"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-  with jax.enable_x64(True):
-    yield
 
 
 def log_softmax(theta):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from research.fit import accumulated
 from research.metrics import Mean
 from research.preference import matrices, updates
 from research.preference.tabular import METHODS, Game, start
@@ -44,9 +45,11 @@ def test_updates_by_a_loss_are_the_tabular_ones(update, row):
       errors = (d[:, None] - d[None, :]) - (q[:, None] - q[None, :]) / b
       return {"loss": Mean(jnp.sum(errors**2), jnp.asarray(float(n * n)))}
 
+    gradient = lambda params, opponent, key: accumulated(loss, params, opponent, key, 1)
+
     tx = optax.sgd(eta * b * n / 4)
     theta, state, opt = log_r - log_r.mean(), start(log_r), tx.init(log_r)
-    step = jax.jit(functools.partial(updates.UPDATES[update], updates.averaged(loss), tx))
+    step = jax.jit(functools.partial(updates.UPDATES[update], gradient, tx))
     for _ in range(3):
       theta, opt, means = step(theta, opt, KEY)
       state = METHODS[row](game, state, eta)
@@ -77,11 +80,3 @@ def test_optimism_remembers_the_last_gradient_and_asks_once():
   for _ in range(40):
     plain, opt, _ = updates.plain(rotating, optax.sgd(0.3), plain, opt, KEY)
   assert np.linalg.norm(plain) > 3
-
-
-def test_the_opponent_gets_no_gradient():
-  loss = lambda params, opponent, key: {"loss": Mean(params * opponent, jnp.ones(()))}
-  grads, _ = updates.averaged(loss)(jnp.array(2.0), jnp.array(5.0), KEY)
-  assert float(grads) == 5  # through both it would be 10 at params = opponent
-  both = jax.grad(lambda x: updates.averaged(loss)(x, x, KEY)[0])(jnp.array(2.0))
-  assert float(both) == 0

@@ -10,8 +10,8 @@ import pytest
 from experiments.prefgames import bandit
 from experiments.prefgames.bandit import BanditConfig, hypotheses, shortfall, token_log_policy
 from experiments.prefgames.experiment import Config, build
-from research.fit import abstract_state, fresh_state, jit_step, to_devices
-from research.mesh import MeshConfig
+from research.fit import abstract_state, fresh_state, jit_step
+from research.mesh import MeshConfig, to_devices
 from research.preference import comparisons
 
 

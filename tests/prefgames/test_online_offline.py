@@ -12,8 +12,8 @@ from experiments.prefgames.entanglement import PairConfig
 from experiments.prefgames.experiment import Config, build
 from experiments.prefgames.online_offline import StringsConfig
 from experiments.prefgames.strings import all_strings, log_policy, start
-from research.fit import abstract_state, fresh_state, jit_step, to_devices
-from research.mesh import MeshConfig
+from research.fit import abstract_state, fresh_state, jit_step
+from research.mesh import MeshConfig, to_devices
 from research.preference import games, losses, matrices
 
 

@@ -12,6 +12,7 @@ import pytest
 from experiments.prefgames import sequence
 from experiments.prefgames.__main__ import build, report, run
 from experiments.prefgames.sequence import SequenceConfig
+from experiments.prefgames.strings import all_strings
 from research import config
 from research.mesh import BATCH
 from research.models.transformer import Transformer
@@ -21,7 +22,7 @@ from research.preference.samplers import Responses, enumerated
 from tests import small
 
 VOCAB, LENGTH, B = 4, 2, 0.3
-STRINGS = sequence.all_strings(VOCAB, LENGTH)
+STRINGS = all_strings(VOCAB, LENGTH)
 N = len(STRINGS)
 TINY = small.varied(vocab=VOCAB, width=16, layers=1, heads=2, kv_heads=2, mlp_width=16)
 GAMES = SequenceConfig(prompts=2, b=B, cyclic=0.5)

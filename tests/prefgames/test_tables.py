@@ -14,8 +14,8 @@ from experiments.prefgames.games import draw
 from experiments.prefgames.tables import TableConfig
 from research import config
 from research.errors import UserError
-from research.fit import abstract_state, fresh_state, jit_step, to_devices
-from research.mesh import MeshConfig
+from research.fit import abstract_state, fresh_state, jit_step
+from research.mesh import MeshConfig, to_devices
 from research.preference import tabular
 
 

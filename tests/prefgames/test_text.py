@@ -13,8 +13,8 @@ import pytest
 from experiments.prefgames.experiment import build
 from research import config, writers
 from research.errors import UserError
-from research.fit import abstract_state, fresh_state, jit_step, to_devices
-from research.mesh import MeshConfig
+from research.fit import abstract_state, fresh_state, jit_step
+from research.mesh import MeshConfig, to_devices
 from research.models.transformer import Transformer
 from tests import small
 

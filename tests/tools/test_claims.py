@@ -2,28 +2,12 @@
 
 import pathlib
 import shutil
-import sys
 
 import pytest
 
 from research.tools import claims
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-  """(directory, arguments) -> (exit status, what it complains of)."""
-
-  def call(root, *args):
-    monkeypatch.setattr(sys, "argv", ["claims", f"--root={root}", *args])
-    try:
-      claims.main()
-    except SystemExit as e:
-      return e.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
-
-  return call
 
 
 @pytest.fixture
@@ -37,8 +21,9 @@ def copy(tmp_path):
   return tmp_path
 
 
-def test_every_number_of_every_claim_is_its_records_and_the_page_is_new(tool):
-  assert tool(ROOT, "--check") == (0, "")
+def test_every_number_of_every_claim_is_its_records_and_the_page_is_new(command):
+  status, _, said = command(claims, f"--root={ROOT}", "--check")
+  assert (status, said) == (0, "")
 
 
 def test_four_papers_have_forty_claims_and_what_failed_is_among_them():
@@ -57,12 +42,12 @@ def test_four_papers_have_forty_claims_and_what_failed_is_among_them():
     ("transnormer", "26,599", "26,589"),
   ],
 )
-def test_a_number_that_is_not_its_records_is_an_error_of_one_line(copy, tool, experiment, told, changed):
+def test_a_number_that_is_not_its_records_is_an_error_of_one_line(copy, command, experiment, told, changed):
   readme = copy / f"experiments/{experiment}/README.md"
   text = readme.read_text()
   assert told in text
   readme.write_text(text.replace(told, changed, 1))
-  status, said = tool(copy)
+  status, _, said = command(claims, f"--root={copy}")
   assert status == 1
   assert changed in said
   assert f"experiments/{experiment}/README.md:" in said
@@ -70,12 +55,12 @@ def test_a_number_that_is_not_its_records_is_an_error_of_one_line(copy, tool, ex
   assert not (copy / "docs/claims.md").exists()
 
 
-def test_an_old_page_is_an_error(copy, tool):
-  assert tool(copy)[0] == 0
-  assert tool(copy, "--check")[0] == 0
+def test_an_old_page_is_an_error(copy, command):
+  assert command(claims, f"--root={copy}")[0] == 0
+  assert command(claims, f"--root={copy}", "--check")[0] == 0
   page = copy / "docs/claims.md"
   page.write_text(page.read_text().replace("reproduced", "confirmed"))
-  status, said = tool(copy, "--check")
+  status, _, said = command(claims, f"--root={copy}", "--check")
   assert status == 1
   assert "docs/claims.md" in said
 

@@ -27,36 +27,21 @@ def workdir(tmp_path_factory):
   return path
 
 
-@pytest.fixture
-def tool(monkeypatch, capsys):
-  """(arguments) -> (exit status, what was printed)."""
-
-  def call(*arguments):
-    monkeypatch.setattr(sys, "argv", ["replay", *arguments])
-    try:
-      replay.main()
-    except SystemExit as e:
-      return e.code, capsys.readouterr().out
-    return 0, capsys.readouterr().out
-
-  return call
-
-
 def logged(workdir, step):
   return next(r["loss"] for r in writers.read(workdir / "metrics.jsonl") if r["kind"] == "train" and r["step"] == step)
 
 
-def test_a_step_is_replayed_to_the_bit_from_the_nearest_checkpoint(workdir, tool):
+def test_a_step_is_replayed_to_the_bit_from_the_nearest_checkpoint(workdir, command):
   files = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-  status, told = tool(f"--workdir={workdir}", "--step=7")
+  status, told, _ = command(replay, f"--workdir={workdir}", "--step=7")
   assert status == 0
   assert "from step 4: 4 logged losses met, 0 differ" in told
   assert f"step 7: loss {logged(workdir, 7)!r}" in told
   assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == files
 
 
-def test_rows_losses_average_to_that_of_the_step_and_their_documents_are_named(workdir, tool):
-  _, told = tool(f"--workdir={workdir}", "--step=2")
+def test_rows_losses_average_to_that_of_the_step_and_their_documents_are_named(workdir, command):
+  _, told, _ = command(replay, f"--workdir={workdir}", "--step=2")
   assert "from step 0: 3 logged losses met, 0 differ" in told
   rows = re.findall(r"^\| (\d+) +\| (\d+\.\d+) +\| (\S+) *\|$", told, re.MULTILINE)
   losses = [float(loss) for _, loss, _ in rows]
@@ -69,19 +54,19 @@ def test_rows_losses_average_to_that_of_the_step_and_their_documents_are_named(w
   assert text.rstrip("\n").removesuffix(" ...") in source.read_text(errors="replace")
 
 
-def test_a_loss_that_is_not_the_logs_is_told(workdir, tool, tmp_path):
+def test_a_loss_that_is_not_the_logs_is_told(workdir, command, tmp_path):
   for path in ("manifest.json", "checkpoints"):
     (tmp_path / path).symlink_to(workdir / path)
   lines = writers.read(workdir / "metrics.jsonl")
   changed = [r | {"loss": r["loss"] + 1e-7} if r["step"] == 5 and r["kind"] == "train" else r for r in lines]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
-  status, told = tool(f"--workdir={tmp_path}", "--step=5", "--row=3")
+  status, told, _ = command(replay, f"--workdir={tmp_path}", "--step=5", "--row=3")
   assert status == 1
   assert "2 logged losses met, 1 differ" in told
   assert "\nrow 3, " in told
 
 
 @pytest.mark.parametrize("argument", ["--step=10", "--step=-1", "--step=1 --row=8"])
-def test_a_step_or_row_that_the_run_does_not_have_is_one_line(workdir, tool, argument):
+def test_a_step_or_row_that_the_run_does_not_have_is_one_line(workdir, command, argument):
   with pytest.raises(UserError, match="has the"):
-    tool(f"--workdir={workdir}", *argument.split())
+    command(replay, f"--workdir={workdir}", *argument.split())

@@ -17,7 +17,7 @@ VAR = ["--weights", str(GOLDENS / "var_l2norm"), "--tokenizer", str(GOLDENS / "v
 @pytest.mark.parametrize(
   ("argv", "words"),
   [
-    ([*LLAMAGEN, "--labels=11"], r"labels=\[11\]: lie in 0 \.\. 9, and 10 is the null class"),
+    ([*LLAMAGEN, "--labels=11"], r"labels=\[11\]: classes lie in 0 \.\. 9, and 10 is the null class"),
     ([*LLAMAGEN, "--labels=a,b"], "use random, even, or numbers"),
     ([*LLAMAGEN, "--labels=even", "--samples=7"], "must be a multiple of the 10 classes"),
     ([*LLAMAGEN, "--scale=-1"], "scale=-1"),

@@ -119,7 +119,7 @@ def sampling_cost(workdir: paths.Path, cfg: RunConfig) -> dict[str, Any]:
   The codes alone, without decoding, which costs both the same. processor: the time of all threads together, which
   other programs on the machine do not lengthen.
   """
-  if not (workdir / "checkpoints" / f"{BASE}-{cfg.seed}").is_dir():
+  if not runs.checkpoint_dir(workdir, BASE, cfg.seed).is_dir():
     return {}
   model, book = runs.load(workdir, f"{BASE}-{cfg.seed}")[1], runs.load(workdir, f"tokenizer-{cfg.seed}")[1].tokenizer
   labels = evaluation.asked(cfg, cfg.evaluation.timed)
@@ -238,7 +238,7 @@ def _along(name: str, s: Setting) -> float:
 
 def grids(workdir: paths.Path, cfg: RunConfig) -> None:
   """PNGs of the first seed: held-out images beside what the tokenizer makes of them, and samples, a row a class."""
-  held = {arm for arm, single in comparison.singles(cfg) if (workdir / "checkpoints" / f"{arm}-{single.seed}").is_dir()}
+  held = {arm for arm, single in comparison.singles(cfg) if runs.checkpoint_dir(workdir, arm, single.seed).is_dir()}
   if "tokenizer" not in held:
     return
   book = runs.load(workdir, f"tokenizer-{cfg.seed}")[1].tokenizer

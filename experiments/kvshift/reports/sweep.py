@@ -65,9 +65,4 @@ def _cell(values: list[float] | None) -> str:
 
 def _value(cfg: RunConfig, field: str) -> int | float:
   # without the coefficients of the attention, so that arms of one size stand at one place
-  return non_embedding(cfg, mix=False) if field == "params" else config.flat(cfg)[field]
-
-
-def non_embedding(cfg: RunConfig, mix: bool = True) -> int:
-  """Parameters of a config's model but for embedding and head (and the mix's)."""
-  return comparison.parameters(cfg, ("embed", "head") if mix else ("embed", "head", "mix"))
+  return comparison.parameters(cfg, ("embed", "head", "mix")) if field == "params" else config.flat(cfg)[field]

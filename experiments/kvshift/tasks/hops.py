@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from experiments.kvshift.tasks.rows import answer_loss, row
+from experiments.kvshift.tasks.rows import TRAIN_ROWS, VALIDATION_ROWS, answer_loss, row
 from research.errors import check
 
 
@@ -15,12 +15,9 @@ class HopsConfig:
 
   most: int = 8
   symbols: int = 4
-  train_rows: int = 1 << 20
-  validation_rows: int = 512
 
   def __post_init__(self):
-    for name in ("most", "train_rows", "validation_rows"):
-      check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    check(self.most >= 1, "most", self.most, "must be at least 1")
     check(self.symbols >= 3, "symbols", self.symbols, "must be at least 3: no letter follows itself")
 
   @property
@@ -46,7 +43,7 @@ class HopsRows:
     check(needed <= vocab, "hops.most", cfg.most, f"letters and numbers of hops must fit into model.vocab={vocab}")
     self.cfg, self.vocab, self.length = cfg, vocab, length
     self.seed = (seed, ("train", "validation").index(split))
-    self.rows = cfg.train_rows if split == "train" else cfg.validation_rows
+    self.rows = TRAIN_ROWS if split == "train" else VALIDATION_ROWS
 
   def __len__(self) -> int:
     return self.rows

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.kvshift.tasks.rows import answer_loss, row
+from experiments.kvshift.tasks.rows import TRAIN_ROWS, VALIDATION_ROWS, answer_loss, row
 from research.errors import check
 
 
@@ -24,14 +24,11 @@ class InductionConfig:
 
   generator: Literal["clean", "paper"] = "clean"
   keys: int = 16
-  train_rows: int = 1 << 20
-  validation_rows: int = 512
 
   loss = staticmethod(answer_loss)
 
   def __post_init__(self):
-    for name in ("keys", "train_rows", "validation_rows"):
-      check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    check(self.keys >= 1, "keys", self.keys, "must be at least 1")
 
   @property
   def chance(self) -> float:
@@ -54,7 +51,7 @@ class InductionRows:
       check(cfg.keys < length**2, "induction.keys", cfg.keys, fix)
     self.cfg, self.vocab, self.length = cfg, vocab, length
     self.seed = (seed, ("train", "validation").index(split))
-    self.rows = cfg.train_rows if split == "train" else cfg.validation_rows
+    self.rows = TRAIN_ROWS if split == "train" else VALIDATION_ROWS
 
   def __len__(self) -> int:
     return self.rows

@@ -18,7 +18,7 @@ import functools
 
 import numpy as np
 
-from experiments.kvshift.tasks.rows import answer_loss, row
+from experiments.kvshift.tasks.rows import TRAIN_ROWS, VALIDATION_ROWS, answer_loss, row
 from research.errors import check
 
 SYMBOLS = ("=", "+", "-", "*", ";", "?", "!", ".")
@@ -34,12 +34,9 @@ class MathConfig:
   test: int = 5
   distractors: int = 2  # further definitions, which are not needed
   modulus: int = 23
-  train_rows: int = 1 << 20
-  validation_rows: int = 512
 
   def __post_init__(self):
-    for name in ("train_rows", "validation_rows", "train_least"):
-      check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    check(self.train_least >= 1, "train_least", self.train_least, "must be at least 1")
     check(self.train_most >= self.train_least, "train_most", self.train_most, f"is below {self.train_least}")
     check(self.distractors >= 0, "distractors", self.distractors, "must be at least 0")
     check(self.modulus >= 2, "modulus", self.modulus, "must be at least 2")
@@ -67,7 +64,7 @@ class MathRows:
     self.cfg, self.vocab, self.length = cfg, vocab, length
     self.seed = (seed, ("train", "validation").index(split))
     self.train = split == "train"
-    self.rows = cfg.train_rows if self.train else cfg.validation_rows
+    self.rows = TRAIN_ROWS if self.train else VALIDATION_ROWS
     words = [*range(cfg.modulus), *(f"x{i}" for i in range(NAMES)), *SYMBOLS]
     self.ids = {word: i for i, word in enumerate(words)}
 

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from experiments.kvshift.tasks.rows import answer_loss, row
+from experiments.kvshift.tasks.rows import TRAIN_ROWS, answer_loss, row
 from research.errors import check
 
 
@@ -15,14 +15,10 @@ class NgramConfig:
 
   triples: int = 200
   symbols: int = 24
-  train_rows: int = 1 << 20
-  validation_rows: int = 256
 
   loss = staticmethod(answer_loss)
 
   def __post_init__(self):
-    for name in ("train_rows", "validation_rows"):
-      check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
     check(self.symbols >= 2, "symbols", self.symbols, "must be at least 2")
     check(1 <= self.triples <= self.symbols**2, "triples", self.triples, f"lies in 1 .. symbols^2 = {self.symbols**2}")
 
@@ -30,6 +26,9 @@ class NgramConfig:
   def chance(self) -> float:
     """The accuracy of guessing."""
     return 1 / self.symbols
+
+
+VALIDATION_ROWS = 256  # as many triples as the table has, many times over
 
 
 class NgramRows:
@@ -44,7 +43,7 @@ class NgramRows:
     check(length >= 3, "length", length, "a row needs a triple: 3 tokens")
     self.cfg, self.vocab, self.length = cfg, vocab, length
     self.seed, self.table_seed = (seed, ("train", "validation").index(split)), (seed, 2)
-    self.rows = cfg.train_rows if split == "train" else cfg.validation_rows
+    self.rows = TRAIN_ROWS if split == "train" else VALIDATION_ROWS
 
   @functools.cached_property
   def table(self) -> np.ndarray:

@@ -7,6 +7,8 @@ import numpy as np
 from research.metrics import Mean
 from research.models.transformer import Transformer
 
+TRAIN_ROWS, VALIDATION_ROWS = 1 << 20, 512  # each is drawn when it is read; no run reads more
+
 
 def row(
   tokens: np.ndarray,

@@ -1,4 +1,4 @@
-"""What the reports share: names in words, curves against updates or queries, and how a report ends."""
+"""What the reports share: names in words, and curves against updates or queries."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,7 +6,7 @@ import itertools
 import math
 
 from experiments.prefgames.tables import fields
-from research import config, paths
+from research import config
 from research import report as parts
 from research.config import RunConfig
 
@@ -75,14 +75,6 @@ def against(curves: Mapping, arms: Mapping[str, RunConfig], x: str = "updates") 
 
 def _floored(value: float) -> float:
   return max(value, FLOOR) if math.isfinite(value) else value
-
-
-def finish(workdir: paths.Path, fig, name: str, table: str) -> None:
-  """Writes the figure to report/`name` and prints the table and where everything is."""
-  path = workdir / "report" / name
-  with path.open("wb") as file:
-    fig.savefig(file, dpi=130, format=path.suffix[1:])
-  print(f"\n{table}\n\nfigure:  {path}\nresults: {workdir / 'report' / 'results.json'}")
 
 
 def legend_below(fig, ax, columns: int = 4) -> None:

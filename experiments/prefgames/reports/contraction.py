@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import FLOOR, by_arm, finish, seeds
+from experiments.prefgames.reports.common import FLOOR, by_arm, seeds
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -53,4 +53,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     "worst ratio of one update, any game and seed",
     "held in every update",
   ]
-  finish(workdir, fig, "contraction.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "contraction.png", parts.table(header, rows))

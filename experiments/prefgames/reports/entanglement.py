@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, finish, seeds, spread
+from experiments.prefgames.reports.common import by_arm, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -56,4 +56,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   fig.suptitle(f"{cfg.batch} pairs a seed, a policy each; means over {seeds(cfg)}", fontsize=10)
   header = ["loss", "tokens that differ", "first step wrong: predicted", "measured", "signs predicted right"]
   header += ["chosen below its start at the end", "chosen, change in nats", "rejected, change in nats"]
-  finish(workdir, fig, "entanglement.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "entanglement.png", parts.table(header, rows))

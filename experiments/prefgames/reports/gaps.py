@@ -4,7 +4,6 @@ from experiments.prefgames.reports.common import (
   KINDS,
   against,
   by_arm,
-  finish,
   legend_below,
   method,
   scientific,
@@ -49,7 +48,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   fig.suptitle(told + (" " if len(bs) > 1 else "\n") + "dashed: above it a game has failed")
   header = ["method", "b", "updates"]
   header += [f"{KINDS[kind]}: {what}" for kind in kinds for what in ("median gap", "failed (± SD)")]
-  finish(workdir, fig, "gaps.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "gaps.png", parts.table(header, rows))
 
 
 def _axis(x: str, cfg: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, finish, legend_below, method, seeds, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, method, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -43,4 +43,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   header += [
     f"{words} at the end, τ = {taus[-1]:g}" for words in ("win rate", "KL", "recorded labels classified right")
   ]
-  finish(workdir, fig, "goodhart.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "goodhart.png", parts.table(header, rows))

@@ -9,7 +9,6 @@ from experiments.prefgames.reports.common import (
   KINDS,
   against,
   by_arm,
-  finish,
   method,
   scientific,
   spread,
@@ -59,7 +58,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     f"{KINDS[kind]}, b = {cfg.table.b:g}, each rule at its best learning rate; {parts.over_seeds(best)}", fontsize=10
   )
   header = ["method", "rule", "best learning rate", "failed (± SD)", "median gap"]
-  finish(workdir, fig, "optimisers.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "optimisers.png", parts.table(header, rows))
 
 
 def _log_mean(values) -> float:

@@ -7,7 +7,6 @@ from experiments.prefgames.reports.common import (
   KINDS,
   against,
   by_arm,
-  finish,
   label,
   legend_below,
   method,
@@ -59,7 +58,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   )
   header = ["method", *(f"{KINDS[kind]}: {words}, gap (± SD)" for kind in kinds for words in WHICH.values())]
   header += [f"{KINDS[kind]}: last, range over seeds" for kind in kinds]
-  finish(workdir, fig, "original.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "original.png", parts.table(header, rows))
 
 
 def name(arm: str, single: RunConfig) -> str:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, finish, legend_below, method, seeds, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, method, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -59,7 +59,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   fig.suptitle(told, fontsize=10)
   header = ["algorithm", "bits" if lock else "rare responses"]
   header += [f"b = {b:g}: {what}" for b in bs for what in ("share (± SD)", "median comparisons by seed")]
-  finish(workdir, fig, "steps.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "steps.png", parts.table(header, rows))
 
 
 def _range(taken: list[float]) -> str:

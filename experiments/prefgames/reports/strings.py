@@ -7,12 +7,14 @@ from jax import numpy as jnp
 import numpy as np
 
 from experiments.prefgames import experiment, sequence
-from experiments.prefgames.reports.common import by_arm, finish, legend_below, matrix, method, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, matrix, method, spread
+from experiments.prefgames.strings import all_strings
 from research import paths, runs
 from research import report as parts
 from research.checkpoint import Checkpoints
 from research.config import RunConfig
-from research.fit import abstract_state, fresh_state, on_devices
+from research.fit import abstract_state, fresh_state
+from research.mesh import on_devices
 from research.preference.methods import METHODS
 from research.preference.samplers import enumerated
 
@@ -70,7 +72,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   responses = f"{cfg.model.vocab**cfg.length} responses to each of {cfg.sequence.prompts} prompts"
   fig.suptitle(f"{responses}, {share}; {parts.over_seeds(gaps)}; dashed: above it a seed has failed", fontsize=11)
   header = ["method", "updates", "gap (± SD)", "original gap", "KL to the reference", "beats the reference", "failed"]
-  finish(workdir, fig, "strings.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "strings.png", parts.table(header, rows))
 
 
 def tournament(workdir: paths.Path, arms: dict[str, RunConfig], cfg: RunConfig) -> tuple[np.ndarray, list[str]]:
@@ -80,14 +82,14 @@ def tournament(workdir: paths.Path, arms: dict[str, RunConfig], cfg: RunConfig) 
     for seed in cfg.seeds:
       first = next(iter(arms.values()))
       rows = sequence.draw(first.sequence, seed, first.model.vocab, first.length)
-      strings = sequence.all_strings(first.model.vocab, first.length)
+      strings = all_strings(first.model.vocab, first.length)
       by_token = functools.partial(enumerated, prompts=rows["prompts"], lengths=rows["lengths"], strings=strings)
       policy = jax.jit(lambda model, by_token=by_token: jnp.sum(by_token(model), axis=-1))
       exp = experiment.build(first)
       abstract = on_devices(abstract_state(exp))
       models = [fresh_state(exp, abstract, seed).model]
       for arm in arms:
-        steps = Checkpoints(workdir / "checkpoints" / f"{arm}-{seed}")
+        steps = Checkpoints(runs.checkpoint_dir(workdir, arm, seed))
         models.append(steps.restore({"model": abstract.model}, partial=True).state["model"])
       played = np.exp(np.stack([np.asarray(policy(model), np.float64) for model in models]))
       rates.append(

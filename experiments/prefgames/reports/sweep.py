@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import FLOOR, KINDS, by_arm, finish, legend_below, method, scientific, spread
+from experiments.prefgames.reports.common import FLOOR, KINDS, by_arm, legend_below, method, scientific, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -53,4 +53,4 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   fig.suptitle(f"{cfg.batch // len(kinds)} games a seed, {parts.over_seeds(next(iter(found.values())))}")
   header = ["method", "b"]
   header += [f"{KINDS[kind]}: {what}" for kind in kinds for what in ("best η", "failed (± SD)", "median gap")]
-  finish(workdir, fig, "sweep.png", parts.table(header, rows))
+  parts.finish(workdir, fig, "sweep.png", parts.table(header, rows))

@@ -3,7 +3,6 @@
 import numpy as np
 
 from experiments.prefgames.reports import common
-from experiments.prefgames.reports.common import finish
 from research import paths, writers
 from research import report as parts
 from research.config import RunConfig, expand
@@ -57,7 +56,7 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
   told = f"{cfg.data.source}: {cfg.model.layers} layers of width {cfg.model.width}, {common.seeds(cfg)}"
   fig.suptitle(told, fontsize=11)
   header = ["stage or method", "updates", "validation loss", "win rate against the sft model, ± standard error"]
-  finish(workdir, fig, "text.png", parts.table([*header, "preferences asked for"], rows))
+  parts.finish(workdir, fig, "text.png", parts.table([*header, "preferences asked for"], rows))
 
 
 def _tournament(workdir: paths.Path, arms: list[str]):

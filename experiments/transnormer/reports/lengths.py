@@ -9,7 +9,8 @@ from experiments.transnormer.reports.common import label
 from research import comparison, config, paths, runs
 from research import report as parts
 from research.config import RunConfig
-from research.fit import abstract_batch, abstract_state, jit_step, on_devices
+from research.fit import abstract_batch, abstract_state, jit_step
+from research.mesh import on_devices
 
 
 def report(workdir: paths.Path, cfg: RunConfig) -> None:

@@ -77,7 +77,6 @@ def cached_attention(
   segment_ids: jax.Array,
   cached_segment_ids: jax.Array,
   start: jax.Array,
-  scale: float | None = None,
 ) -> jax.Array:
   """Attention of a few new tokens to themselves and all before them, whose keys and values are kept.
 
@@ -88,14 +87,12 @@ def cached_attention(
     segment_ids: int32 [batch, length] of the new tokens.
     cached_segment_ids: int32 [batch, capacity]; token i sees token j <= i of its own segment.
     start: int32 scalar.
-    scale: a Python number; default 1 / sqrt(head_dim).
 
   Returns:
     [batch, length, heads, head_dim] in q's dtype; the softmax is float32 inside. On a mesh
     cut by batch and heads, as `attention`. Forward only in use; dense, so its memory grows as length x capacity.
   """
-  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-  local = functools.partial(cached.attention, scale=scale)
+  local = functools.partial(cached.attention, scale=1 / math.sqrt(q.shape[-1]))
   q, k, v = (dispatch.place(x, HEADS) for x in (q, k, v))
   ids = (dispatch.place(x, TOKENS) for x in (segment_ids, cached_segment_ids))
   return dispatch.per_shard(local, (HEADS, HEADS, HEADS, TOKENS, TOKENS, P()), HEADS)(q, k, v, *ids, start)
@@ -112,5 +109,5 @@ def _check_shapes(q, k, v, segment_ids):
     check(segment_ids.shape == q.shape[:2], "segment_ids", segment_ids.shape, f"use [batch, length] = {q.shape[:2]}")
   model = dispatch.axis_size("model")
   check(kv_heads % model == 0, "kv_heads", kv_heads, f"mesh.model={model} cuts them; use a multiple of it")
-  batch_shards = dispatch.axis_size("replica") * dispatch.axis_size("data")
-  check(q.shape[0] % batch_shards == 0, "batch", q.shape[0], f"use a multiple of replica x data = {batch_shards}")
+  shards = dispatch.batch_shards()
+  check(q.shape[0] % shards == 0, "batch", q.shape[0], f"use a multiple of replica x data = {shards}")

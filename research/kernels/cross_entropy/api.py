@@ -144,5 +144,5 @@ def _check_shapes(x, w, targets, weights):
     check(array.shape == x.shape[:2], name, array.shape, f"use [batch, length] = {x.shape[:2]}")
   model = dispatch.axis_size("model")
   check(w.shape[1] % model == 0, "vocab", w.shape[1], f"mesh.model={model} cuts it; use a multiple of it")
-  batch_shards = dispatch.axis_size("replica") * dispatch.axis_size("data")
-  check(x.shape[0] % batch_shards == 0, "batch", x.shape[0], f"use a multiple of replica x data = {batch_shards}")
+  shards = dispatch.batch_shards()
+  check(x.shape[0] % shards == 0, "batch", x.shape[0], f"use a multiple of replica x data = {shards}")

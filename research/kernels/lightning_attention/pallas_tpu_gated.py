@@ -10,7 +10,6 @@ The chunks are those of pallas_tpu.py.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -22,11 +21,19 @@ from research.kernels import dispatch
 from research.kernels.lightning_attention import pallas_tpu as tpu
 from research.kernels.lightning_attention.features import ACTIVATIONS, sin_cos
 from research.kernels.lightning_attention.reference import run_numbers
+from research.kernels.lightning_attention.tpu_gated_blocks import (
+  BUFFERS,
+  Shape,
+  blocks_of,
+  bytes_a_token,
+  cost,
+  scratch,
+  shape_of,
+)
 from research.kernels.lightning_attention.tpu_products import LANES, dot, iota, outer, split_dot, wide_dot
 
 BLOCK = 1024  # tokens of a grid step at most, and between two states that are kept
 TOGETHER = 8  # chunks whose products are interleaved, of one head a block
-BUFFERS = 6 * 2**20  # bytes of VMEM for blocks
 
 
 def obstacle(qkvu, theta) -> str | None:
@@ -40,8 +47,8 @@ def obstacle(qkvu, theta) -> str | None:
     return f"the TPU kernel takes head dimensions up to {most}{'' if most == 256 else ' with phases'}"
   batch, length, heads, *rest = qkvu.shape
   local = jax.ShapeDtypeStruct((batch, length, heads // dispatch.axis_size("model"), *rest), qkvu.dtype)
-  shape = _shape(local, theta, None, "none", BLOCK)
-  if _bytes_a_token(shape, qkvu.dtype) * LANES > BUFFERS:
+  shape = shape_of(local, theta, None, "none", BLOCK)
+  if bytes_a_token(shape, qkvu.dtype) * LANES > BUFFERS:
     return f"the TPU kernel cannot hold {shape.group} heads of {shape.d} together, which fill whole lanes"
   return None
 
@@ -80,92 +87,12 @@ def _attention_bwd(activation, block, interpret, residuals, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-class _Shape(NamedTuple):
-  """What a kernel is made for; all but the last three as in pallas_tpu.py, where heads that share lanes are not one."""
-
-  length: int
-  group: int
-  d_k: int
-  d_v: int
-  block: int
-  chunk: int
-  packed: bool
-  dtype: jnp.dtype
-  fields: int  # 4: q, k, v, u; 3 without the gate
-  activation: str
-  phased: bool
-
-  @property
-  def ragged(self) -> bool:
-    return self.length % self.block != 0
-
-  @property
-  def d(self) -> int:
-    return self.d_v
-
-  @property
-  def joint(self) -> int:
-    return 1
-
-  @property
-  def parts(self) -> int:
-    return 1 if self.dtype == jnp.float32 else 2
-
-  @property
-  def chunks(self) -> range:
-    return range(self.block // self.chunk)
-
-
-def _shape(x, theta, runs, activation, block) -> _Shape:
-  length, heads, fields, d = x.shape[1:]
-  group = LANES // math.gcd(LANES, d)
-  group = group if heads % group == 0 else heads
-  d_k = d if theta is None else 2 * d
-  s = _Shape(length, group, d_k, d, block, tpu.CHUNK, runs is not None, x.dtype, fields, activation, theta is not None)
-  room = BUFFERS // 2 if x.dtype == jnp.float32 else BUFFERS  # its products spill more
-  while block > LANES and block * _bytes_a_token(s, x.dtype) > room:
-    block //= 2
-  blocks = pl.cdiv(length, block)  # of one size, as far as lanes allow
-  return s._replace(block=LANES * pl.cdiv(length, LANES * blocks))
-
-
-def _bytes_a_token(s: _Shape, dtype) -> int:
-  """VMEM of the backward kernel's blocks, each there twice, and of the chunks' states."""
-  return 2 * s.group * (2 * s.fields + 1) * s.d * jnp.dtype(dtype).itemsize + 4 * s.group * s.d_k * s.d_v // s.chunk
-
-
-class _Blocks(NamedTuple):
-  """What a grid step holds of each array."""
-
-  fused: pl.BlockSpec  # [batch, length, heads * fields * d]
-  out: pl.BlockSpec  # [batch, length, heads * d]
-  numbers: pl.BlockSpec  # [batch, heads, 1, length]
-  tokens: pl.BlockSpec  # [batch, 1, length]
-  state: pl.BlockSpec  # [batch, heads, d_k, d_v]
-  kept: pl.BlockSpec  # [batch, blocks, heads, d_k, d_v]
-  theta: pl.BlockSpec  # [batch, groups, group, d]
-
-
-def _blocks(s: _Shape, at) -> _Blocks:
-  """at(j): the block of tokens of step j."""
-  rows = lambda width: pl.BlockSpec((1, s.block, s.group * width), lambda b, g, j: (b, at(j), g))
-  return _Blocks(
-    fused=rows(s.fields * s.d),
-    out=rows(s.d),
-    numbers=pl.BlockSpec((1, s.group, 1, s.block), lambda b, g, j: (b, g, 0, at(j))),
-    tokens=pl.BlockSpec((1, 1, s.block), lambda b, g, j: (b, 0, at(j))),
-    state=pl.BlockSpec((1, s.group, s.d_k, s.d_v), lambda b, g, j: (b, g, 0, 0)),
-    kept=pl.BlockSpec((1, 1, s.group, s.d_k, s.d_v), lambda b, g, j: (b, at(j), g, 0, 0)),
-    theta=pl.BlockSpec((1, 1, s.group, s.d), lambda b, g, j: (b, g, 0, 0)),
-  )
-
-
 def _forward(x, rate, theta, positions, runs, state, activation, block, interpret, keep):
   """(gated [batch, length, heads, d], squares [batch, length, heads], final state, states before each block)."""
-  s = _shape(x, theta, runs, activation, block)
+  s = shape_of(x, theta, runs, activation, block)
   batch, length, heads = x.shape[:3]
   blocks, groups = pl.cdiv(length, s.block), heads // s.group
-  on = _blocks(s, lambda j: j)
+  on = blocks_of(s, lambda j: j)
   in_specs = [pl.BlockSpec(memory_space=pltpu.SMEM), on.fused, on.state]
   operands = [rate, x.reshape(batch, length, -1), state.astype(jnp.float32)]
   if s.phased:
@@ -189,9 +116,9 @@ def _forward(x, rate, theta, positions, runs, state, activation, block, interpre
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=out_shape,
-    scratch_shapes=[*_scratch(s), pltpu.SMEM((1,), jnp.int32)],  # and the state's run
+    scratch_shapes=[*scratch(s), pltpu.SMEM((1,), jnp.int32)],  # and the state's run
     compiler_params=tpu.PARAMS,
-    cost_estimate=_cost(s, batch * heads, operands, out_shape, within=2, states=2),
+    cost_estimate=cost(s, batch * heads, operands, out_shape, within=2, states=2),
     interpret=interpret,
     name="gated_lightning_attention_fwd",
   )(*operands)
@@ -200,10 +127,10 @@ def _forward(x, rate, theta, positions, runs, state, activation, block, interpre
 
 def _backward(x, dout, dsquares, dfinal, rate, theta, positions, runs, kept, activation, block, interpret):
   """(gradients of x, of the initial state and of theta or None)."""
-  s = _shape(x, theta, runs, activation, block)
+  s = shape_of(x, theta, runs, activation, block)
   batch, length, heads = x.shape[:3]
   blocks, groups = pl.cdiv(length, s.block), heads // s.group
-  on = _blocks(s, lambda j: blocks - 1 - j)
+  on = blocks_of(s, lambda j: blocks - 1 - j)
   in_specs = [pl.BlockSpec(memory_space=pltpu.SMEM), on.fused, on.out, on.numbers, on.kept, on.state]
   flat = lambda z: z.reshape(batch, length, -1)
   operands = [rate, flat(x), flat(dout), dsquares.swapaxes(1, 2)[:, :, None], kept, dfinal.astype(jnp.float32)]
@@ -227,19 +154,13 @@ def _backward(x, dout, dsquares, dfinal, rate, theta, positions, runs, kept, act
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=out_shape,
-    scratch_shapes=[*_scratch(s), pltpu.VMEM((s.group, len(s.chunks), s.d_k, s.d_v), jnp.float32)],
+    scratch_shapes=[*scratch(s), pltpu.VMEM((s.group, len(s.chunks), s.d_k, s.d_v), jnp.float32)],
     compiler_params=tpu.PARAMS,
-    cost_estimate=_cost(s, batch * heads, operands, out_shape, within=6, states=7),
+    cost_estimate=cost(s, batch * heads, operands, out_shape, within=6, states=7),
     interpret=interpret,
     name="gated_lightning_attention_bwd",
   )(*operands)
   return dx.reshape(x.shape), dstate, dtheta[0].reshape(batch, heads, s.d) if s.phased else None
-
-
-def _scratch(s: _Shape):
-  """By head: the state; powers of the decay within a chunk, entering and leaving it."""
-  powers = [pltpu.VMEM((s.group, s.chunk, width), jnp.float32) for width in (s.chunk, LANES, LANES)]
-  return [pltpu.VMEM((s.group, s.d_k, s.d_v), jnp.float32), *powers]
 
 
 def _in_step(makers):
@@ -259,7 +180,7 @@ def _in_step(makers):
   return results
 
 
-def _together(s: _Shape, chunks, prepare, finish, states):
+def _together(s: Shape, chunks, prepare, finish, states):
   """The chunks of every head in turn, some of them prepared in step while those before them are finished."""
   steps = [(i, n) for n in chunks for i in range(s.group)]
   count = 2 if s.parts == 1 else max(TOGETHER // s.group, 2)  # float32, and heads that share lanes, take more registers
@@ -272,14 +193,6 @@ def _together(s: _Shape, chunks, prepare, finish, states):
     for (i, n), prepared in zip(batch, ready, strict=True):
       states[i] = finish(i, n, states[i], *prepared)
   return states
-
-
-def _cost(s: _Shape, rows: int, operands, results, within: int, states: int) -> pl.CostEstimate:
-  """within, states: products of a chunk with itself and with a state, each of half d_k and half d_v."""
-  flops = rows * s.length * (within * s.chunk * (s.d_k + s.d_v) + states * 2 * s.d_k * s.d_v)
-  moved = sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in (*operands, *results))
-  transcendentals = 2 * rows * s.length * s.d * (1 + s.phased)
-  return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=transcendentals)
 
 
 def _column(row, width: int):
@@ -302,7 +215,7 @@ class _Head(NamedTuple):
   pull: jax.Array  # (dq, dk) -> (gradients of the raw q and k, of theta)
 
 
-def _head(s: _Shape, x_ref, n, i, start, theta, at) -> _Head:
+def _head(s: Shape, x_ref, n, i, start, theta, at) -> _Head:
   """theta: float32 [1, d], at: float32 [chunk, d], its tokens' positions; None both without phases."""
   dtype = x_ref.dtype
   activate = lambda x: ACTIVATIONS[s.activation](x)
@@ -326,7 +239,7 @@ def _head(s: _Shape, x_ref, n, i, start, theta, at) -> _Head:
   return _Head(*turned, pull)
 
 
-def _phases_of(s: _Shape, theta_ref, positions_ref, n, i, start):
+def _phases_of(s: Shape, theta_ref, positions_ref, n, i, start):
   """(theta of head i, positions of chunk n), as `_head` takes them."""
   if not s.phased:
     return None, None
@@ -336,7 +249,7 @@ def _phases_of(s: _Shape, theta_ref, positions_ref, n, i, start):
   return theta_ref[0, 0, i : i + 1], _column(at.astype(jnp.float32), s.d)
 
 
-def _forward_kernel(s: _Shape, keep, rate_ref, x_ref, state_ref, *rest):
+def _forward_kernel(s: Shape, keep, rate_ref, x_ref, state_ref, *rest):
   rest = list(rest)
   theta_ref, positions_ref = (rest.pop(0), rest.pop(0)) if s.phased else (None, None)
   runs_ref = rest.pop(0) if s.packed else None
@@ -388,7 +301,7 @@ def _forward_kernel(s: _Shape, keep, rate_ref, x_ref, state_ref, *rest):
     final_ref[0] = acc_ref[...]
 
 
-def _backward_kernel(s: _Shape, blocks, rate_ref, x_ref, dout_ref, dsquares_ref, kept_ref, dfinal_ref, *rest):
+def _backward_kernel(s: Shape, blocks, rate_ref, x_ref, dout_ref, dsquares_ref, kept_ref, dfinal_ref, *rest):
   rest = list(rest)
   theta_ref, positions_ref = (rest.pop(0), rest.pop(0)) if s.phased else (None, None)
   runs_ref, ends_ref = (rest.pop(0), rest.pop(0)) if s.packed else (None, None)

@@ -17,10 +17,11 @@ from jax import numpy as jnp
 import numpy as np
 
 from research.errors import UserError, check
+from research.markdown import table
+from research.mesh import on_devices, shapes_of
 from research.models.convert import image_tokenizers, llama, llamagen, transnormer, var
 from research.models.convert.family import Family, Tensor
 from research.models.convert.files import DTYPES, Stored, is_weights, open_tensors, read_json, write
-from research.report import table
 
 __all__ = ["Family", "Tensor", "Weights", "export", "families", "is_weights", "load", "read"]
 
@@ -48,7 +49,7 @@ class Weights:
     theirs = {name: getattr(getattr(model, "cfg", None), name, "absent") for name in self.settings}
     rows = [(f"model.{name}", x, theirs[name]) for name, x in self.settings.items() if theirs[name] != x]
     make = functools.partial(self.family.make, cfg=self.family.Config(**self.settings), partition="replicated")
-    here = _shapes(jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0))))
+    here = _shapes(shapes_of(make))
     there = _shapes(model)
     if not rows:  # else the shapes differ for that very reason
       for name in sorted(here.keys() | there.keys()):
@@ -139,10 +140,7 @@ def load(weights: str | os.PathLike | Weights, partition: str = "replicated", **
   cfg = weights.family.Config(**weights.settings, **execution)
   cfg.check_mesh(dict(jax.sharding.get_abstract_mesh().shape), partition)
   make = functools.partial(weights.family.make, cfg=cfg, partition=partition)
-  model = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
-  mesh = jax.sharding.get_mesh()
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
-  return cfg, weights.fill(jax.tree.map(place, model))
+  return cfg, weights.fill(on_devices(shapes_of(make)))
 
 
 def export(

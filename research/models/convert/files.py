@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 from research.models.convert import torch_files
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
@@ -59,7 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except OSError as e:
     raise UserError("weights", path, f"cannot be read: {e.strerror}") from None
   except (ValueError, RecursionError) as e:
-    raise UserError("weights", path, f"is not JSON: {_line(e)}") from None
+    raise UserError("weights", path, f"is not JSON: {one_line(e)}") from None
   check(isinstance(value, dict), "weights", path, "must be a JSON object")
   return value
 
@@ -127,7 +127,7 @@ def write(directory: pathlib.Path, config: Mapping[str, Any], sizes: Mapping[str
       (partial / name).chmod((partial / "config.json").stat().st_mode)
     partial.replace(directory)
   except (OSError, safetensors.SafetensorError) as e:
-    raise UserError("out", directory, f"cannot be written: {_line(e)}") from None
+    raise UserError("out", directory, f"cannot be written: {one_line(e)}") from None
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -165,9 +165,9 @@ def _open(path: pathlib.Path) -> dict[str, Stored]:
       size = int.from_bytes(file.read(8), "little")
       header = json.loads(file.read(size))
   except safetensors.SafetensorError as e:
-    raise UserError("weights", path, f"is damaged or no safetensors file: {_line(e)}") from None
+    raise UserError("weights", path, f"is damaged or no safetensors file: {one_line(e)}") from None
   except OSError as e:
-    raise UserError("weights", path, f"cannot be read: {_line(e)}") from None
+    raise UserError("weights", path, f"cannot be read: {one_line(e)}") from None
   header.pop("__metadata__", None)
   full = any(t["data_offsets"][1] for t in header.values())
   data = np.memmap(path, np.uint8, "r", offset=8 + size) if full else np.empty(0, np.uint8)
@@ -181,7 +181,3 @@ def _open_bin(path: pathlib.Path, member: str | None = None) -> dict[str, Stored
 
 def _plain_name(name: Any, suffix: str) -> bool:
   return isinstance(name, str) and name.endswith(suffix) and pathlib.PurePath(name).name == name
-
-
-def _line(e: Exception) -> str:
-  return " ".join(str(e).split())

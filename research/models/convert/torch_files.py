@@ -18,7 +18,7 @@ import zipfile
 
 import numpy as np
 
-from research.errors import UserError, check
+from research.errors import UserError, check, one_line
 
 # PyTorch's storages by safetensors' name of their numbers, and bytes of one
 _STORAGES = {
@@ -72,7 +72,7 @@ def open_tensors(path: pathlib.Path, member: str | None = None) -> tuple[np.ndar
   except zipfile.BadZipFile:
     raise UserError("weights", path, "is no zip file of torch.save, and other pickles are never opened") from None
   except Exception as e:  # a damaged pickle fails in any way
-    raise UserError("weights", path, f"is damaged: {' '.join(str(e).split()) or type(e).__name__}") from None
+    raise UserError("weights", path, f"is damaged: {one_line(e) or type(e).__name__}") from None
   places = _MEMBERS if member is None else (member,)
   found = [x for x in (_member(held, place) for place in places) if x]
   where = "at its top or under model, module, state_dict or trainer" if member is None else f"at member={member}"
