@@ -132,6 +132,25 @@ def test_empty_responses_and_what_stands_in_padding_change_nothing(name, reduce)
     np.testing.assert_allclose(summed(name, [(*padded[:2], wins, padded[2])], reduce)[0], value, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", table())
+def test_compiled_losses_are_those_step_by_step(name):
+  shared, loss = table()[name]
+  rows = lambda *part: loss(shared(*part).value, *part)
+  with jax.disable_jit():
+    plain = rows(*map(jnp.asarray, data()))
+  np.testing.assert_allclose(jax.jit(rows)(*data()), plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_no_gradient_goes_through_the_mean_over_the_batch(name):
+  shared, loss = table()[name]
+  logp, *rest = data()
+  z = shared(logp, *rest).value
+  through = jax.jit(jax.grad(lambda x: jnp.sum(loss(shared(x, *rest).value, x, *rest))))(logp)
+  given = jax.jit(jax.grad(lambda x: jnp.sum(loss(z, x, *rest))))(logp)
+  np.testing.assert_allclose(through, given, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["dpo", "sppo", "nash_md", "kto"])
 def test_bfloat16_log_probabilities_give_float32_losses(name):
   whole = data()
