@@ -80,26 +80,26 @@ def make(cfg: RunConfig, task: TextTask) -> Experiment:
     "info": lambda: load().info(),
     "flops_per_token": _flops(cfg, task),
   }
-  return Experiment(**parts | STAGES[task.stage](cfg, task, load, batch, rows))
+  return Experiment(**parts | STAGES[task.stage](cfg, task, load, batch, data))
 
 
 def _init(cfg: RunConfig, key: jax.Array) -> Transformer:
   return Transformer(key, cfg.model, cfg.mesh.partition)
 
 
-def _sft(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, Any]:
+def _sft(cfg: RunConfig, task: TextTask, load, batch, data) -> dict[str, Any]:
   return {"loss": supervised.loss, "tx": optim.make(cfg.tx, cfg.steps)}
 
 
-def _judge(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, Any]:
+def _judge(cfg: RunConfig, task: TextTask, load, batch, data) -> dict[str, Any]:
   return {"loss": functools.partial(judge.loss, stop=cfg.data.stop), "tx": optim.make(cfg.tx, cfg.steps)}
 
 
-def _online(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, Any]:
+def _online(cfg: RunConfig, task: TextTask, load, batch, data) -> dict[str, Any]:
   stop = cfg.data.stop
   oracle = functools.partial(judge.oracle, stop=stop)
   tx = optim.make(cfg.tx, cfg.steps * task.online.updates)
-  parts = online.parts(task.online, tx, oracle, batch, rows, (stop,))
+  parts = online.parts(task.online, tx, oracle, batch, data, (stop,))
   siblings: list[Callable] = []
 
   def companion():
@@ -119,7 +119,7 @@ def _online(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, Any]
   return parts | {"loss": loss, "companion": companion, "prepare": siblings.append}
 
 
-def _tournament(cfg: RunConfig, task: TextTask, load, batch, rows) -> dict[str, Any]:
+def _tournament(cfg: RunConfig, task: TextTask, load, batch, data) -> dict[str, Any]:
   siblings: list[Callable] = []
 
   def wins(model):

@@ -12,7 +12,7 @@ from research.config import RunConfig
 from research.errors import UserError
 from research.fit import Experiment, abstract_reference, abstract_state, fresh_state, jit_step
 from research.generation import Sampling
-from research.mesh import MeshConfig
+from research.mesh import MeshConfig, row_spec
 from research.models.transformer import Transformer
 from research.preference import online, oracles
 from research.preference.methods import METHODS
@@ -59,7 +59,7 @@ def trained(settings, steps=1, mesh=None, devices=1, batch=None, accumulate=1, c
     reference = jax.tree.map(jnp.copy, state.model)
     reference = reference if companion is None else (reference, companion())
     step, rows = jit_step(exp, cfg, abstract), jax.tree.map(jnp.asarray, batch or prompts())
-    rows = {name: jax.reshard(x, jax.P(online.BATCH, *[None] * (x.ndim - 1))) for name, x in rows.items()}
+    rows = {name: jax.reshard(x, row_spec(x.ndim)) for name, x in rows.items()}
     for _ in range(steps):
       state, metrics = jax.block_until_ready(step(state, rows, reference))
   return small.leaves(state.model), state, {name: float(x) for name, x in metrics.items()}
