@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.prefgames.reports.common import by_arm, seeds, spread
+from experiments.prefgames.reports.common import by_arm, legend_below, seeds, spread
 from research import paths
 from research import report as parts
 from research.config import RunConfig
@@ -40,19 +40,19 @@ def report(workdir: paths.Path, cfg: RunConfig) -> None:
     said = [mean(first["predicted_wrong"][arm]) for _, arm in mine]
     axes[0].plot(xs, said, "o", markersize=10, fillstyle="none", color=parts.style(i)["color"])
     axes[1].plot(xs, [mean(last["chosen_below_start"][arm]) for _, arm in mine], label=words, **parts.style(i))
-    axes[2].plot(xs, [mean(last["chosen"][arm]) for _, arm in mine], label=f"{words}: chosen", **parts.style(i))
+    axes[2].plot(xs, [mean(last["chosen"][arm]) for _, arm in mine], **parts.style(i))
     low = parts.style(i) | {"linestyle": ":"}
-    axes[2].plot(xs, [mean(last["rejected"][arm]) for _, arm in mine], label=f"{words}: rejected", **low)
+    axes[2].plot(xs, [mean(last["rejected"][arm]) for _, arm in mine], **low)
   axes[0].set(title="the first step moves one of the two the wrong way\n(rings: as inner products predict)")
   axes[1].set(title="the chosen one is less probable\nafter the whole run than before it")
-  axes[2].set(title="change of the log-probabilities\nover the whole run, nats")
+  axes[2].set(title="change of the chosen log-probability (dotted: rejected)\nover the whole run, nats")
   axes[2].axhline(0, color="grey", linewidth=0.8)
   for ax in axes:
     ax.title.set_fontsize(10)
     ax.set_xlabel(f"tokens of {cfg.pair.length} that differ")
-    ax.legend(frameon=False, fontsize=8)
   for ax in axes[:2]:
     ax.set(ylabel="share of pairs", ylim=(-0.03, 1.03))
+  legend_below(fig, axes[0])
   fig.suptitle(f"{cfg.batch} pairs a seed, a policy each; means over {seeds(cfg)}", fontsize=10)
   header = ["loss", "tokens that differ", "first step wrong: predicted", "measured", "signs predicted right"]
   header += ["chosen below its start at the end", "chosen, change in nats", "rejected, change in nats"]
