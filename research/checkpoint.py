@@ -35,7 +35,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from research import paths
-from research.errors import UserError, check
+from research.errors import UserError, check, first_line
 
 _log = logging.getLogger(__name__)
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -277,7 +277,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      raise SaveFailed(f"step {step} was not saved in {self.directory}: {_first_line(error)}") from error
+      raise SaveFailed(f"step {step} was not saved in {self.directory}: {_reason(error)}") from error
 
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -412,7 +412,7 @@ def _damage(together: bool) -> Iterator[None]:
     root = _root(error)
     if isinstance(root, jax.errors.JaxRuntimeError) or not isinstance(root, Exception):
       raise root from None
-    reason = _first_line(error)
+    reason = _reason(error)
   if together:
     failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(reason is not None)))
     reason = reason or (f"process {failed[0]} could not read it" if failed.size else None)
@@ -426,9 +426,9 @@ def _root(error: BaseException) -> BaseException:
   return error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
   root = _root(error)
-  text = next(iter(str(root).splitlines()), "")[:200]
+  text = first_line(root)
   return text if isinstance(root, _Damaged) else f"{type(root).__name__}: {text}"
 
 

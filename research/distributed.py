@@ -26,7 +26,7 @@ import jax
 from jax._src import clusters  # how jax finds its peers; nothing public tells it without starting them
 from jax._src import distributed as runtime
 
-from research.errors import UserError, check
+from research.errors import UserError, check, first_line
 
 START_SECONDS = 300  # for all processes to come; pods and nodes may start minutes apart
 HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as gone
@@ -128,7 +128,7 @@ def _from_kubernetes() -> dict[str, Any] | None:
   try:
     several = clusters.K8sCluster.is_env_present() and clusters.K8sCluster.get_process_count() > 1
   except Exception as e:
-    raise UserError("JOB_COMPLETION_INDEX", index, f"{_first_line(e)}; or give --coordinator") from None
+    raise UserError("JOB_COMPLETION_INDEX", index, f"{first_line(e)}; or give --coordinator") from None
   return {} if several else None
 
 
@@ -188,7 +188,7 @@ def start(args: argparse.Namespace) -> None:
     )
   except Exception as e:
     _on_abort(None)
-    raise PeersMissing(f"the processes could not start together: {_first_line(e)}") from None
+    raise PeersMissing(f"the processes could not start together: {first_line(e)}") from None
   state = runtime.global_state
   _peers.index, _peers.count, _peers.address = state.process_id, state.num_processes, state.coordinator_address
   _peers.client = state.client
@@ -261,7 +261,7 @@ def fail(error: Exception) -> None:
   peers = _peers
   if peers.speaking.locked():
     time.sleep(_FOREVER_MS / 1000)  # another thread knows why, and is ending this process
-  said = f"{type(error).__name__}: {_first_line(error)}"
+  said = f"{type(error).__name__}: {first_line(error)}"
   told = f"{peers.name(peers.index)}: {said}; waiting to learn whether a process is gone"
   print(told, file=sys.stderr, flush=True)
   known, until = 1, time.monotonic() + HEARTBEAT_SECONDS + 10
@@ -386,7 +386,3 @@ def _exit(status: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
-
-
-def _first_line(error: BaseException) -> str:
-  return next(iter(str(error).splitlines()), "")[:200]

@@ -27,6 +27,11 @@ def one_line(error: BaseException) -> str:
   return " ".join(str(error).split())[:200]
 
 
+def first_line(error: BaseException) -> str:
+  """The same of one whose further lines are for nobody, such as a status of gRPC or a trace of orbax's."""
+  return next(iter(str(error).splitlines()), "")[:200]
+
+
 def check_range(field: str, x: Any, stop: int) -> None:
   """Raises UserError unless all of an array of whole numbers lie in 0 .. stop - 1."""
   low, high = (x.min(), x.max()) if x.size else (0, 0)
