@@ -155,7 +155,7 @@ def test_padding_does_not_change_fine_tuning(room):
   assert weight == expected_weight
   assert total == pytest.approx(expected_total, rel=1e-5)
   for a, b in zip(grads, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-4)
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())  # in float32, and gradients reach hundreds
 
 
 def test_a_batch_of_empty_responses_is_no_loss_and_no_nan():

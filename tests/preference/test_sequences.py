@@ -96,7 +96,7 @@ def test_a_mixture_by_tokens_is_not_the_mixture_of_responses():
   assert np.abs(np.exp(whole) - np.exp(by_tokens)).max() > 1e-3
   # of one token they are the same: a finite set of responses has the exact mixture
   first = GeometricMixture(C).logits(jnp.asarray(policy), jnp.asarray(reference))
-  np.testing.assert_allclose(jax.nn.log_softmax(first), whole, atol=1e-6)
+  np.testing.assert_allclose(jax.nn.log_softmax(first), whole, rtol=1e-6)
   for c, end in ((0.0, policy), (1.0, reference)):
     np.testing.assert_allclose(tokenwise(lambda p, r: (1 - c) * p + c * r), end, atol=1e-5)
 
