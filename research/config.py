@@ -297,14 +297,17 @@ def _suggest(name: str, names) -> str:
 def _annotation(cls: type, path: str, text: str) -> Any:
   """The type of the field at `path`. Raises UserError when there is none or it cannot be set in one go."""
   kind: Any = cls
+  group = ""  # the names before
   for name in path.split("."):
     hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     if name not in hints:
       known = list(_paths(cls))
-      close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+      close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
       close = close or [p for p in known if p.endswith("." + path.rsplit(".")[-1])]
-      fix = f"did you mean {close[0]}?" if close else f"choose from {', '.join(typing.get_type_hints(cls))}"
+      near = [group + field for field in hints] or list(typing.get_type_hints(cls))
+      fix = f"did you mean {close[0]}?" if close else f"choose from {', '.join(near)}"
       raise UserError(path, text, f"no such field; {fix}")
+    group += name + "."
     kind = hints[name]
   if dataclasses.is_dataclass(kind):
     raise UserError(path, text, f"is a group; set one of its fields: {', '.join(_paths(kind, path + '.'))}")

@@ -1,6 +1,8 @@
 """`--selfcheck` passes what is right and refuses what is not, before the first step. Breakage is made on purpose."""
 
 import dataclasses
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -13,6 +15,7 @@ from research.errors import UserError
 from research.kernels.attention import api
 from research.models import transformer
 
+ROOT = pathlib.Path(__file__).parents[1]
 MAIN = "experiments/kvshift/configs/main.py:tiny"
 SETTINGS = ["only=kvshift", "seeds=0", "steps=3", "mesh.data=2", "mesh.model=2", "batch=8", "eval_every=0"]
 
@@ -37,6 +40,25 @@ def test_a_right_run_is_told_what_was_compared_and_trains(monkeypatch, tmp_path,
   for name in ("kernel against its reference", "sharded against one device", "packed against", "decoding against"):
     assert f"selfcheck: {name}" in said
   assert "step 3/3" in said
+
+
+@pytest.mark.parametrize(
+  ("spec", "only", "said"),
+  [
+    ("cca/configs/toy.py", "", "nothing to compare: kernel against its reference"),
+    pytest.param("cca/configs/digits.py", "", "selfcheck: kernel against its reference", marks=pytest.mark.slow),
+    pytest.param("cca/configs/digits_var.py", "", "selfcheck: reference against the start", marks=pytest.mark.slow),
+    pytest.param("transnormer/configs/main.py", "", "selfcheck: kernel against its reference", marks=pytest.mark.slow),
+    pytest.param("prefgames/configs/sequence.py", "", "selfcheck: reference against the start", marks=pytest.mark.slow),
+    pytest.param("prefgames/configs/text.py", "sft,judge,egpo", "selfcheck: reference ag", marks=pytest.mark.slow),
+  ],
+)
+def test_every_experiment_is_checked_on_its_own_config(spec, only, said, tmp_path):
+  command = [sys.executable, "-m", f"experiments.{spec.split('/')[0]}", f"--config=experiments/{spec}:tiny"]
+  command += [f"--workdir={tmp_path}", "--selfcheck", "--config.seeds=0", *([f"--config.only={only}"] if only else [])]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stderr
+  assert said in done.stderr
 
 
 def broken_kernel(monkeypatch):
