@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 import pytest
 
 from research import run, writers
+from tests.processes import RUN, TIMES
 
 STEPS, EVERY = 30, 4
 COMMAND = [
@@ -29,8 +29,6 @@ COMMAND = [
   "--config.log_every=1",
   "--config.accumulate=1",
 ]
-RUN = pathlib.Path("checkpoints", "kvshift-0")
-TIMES = {"step_seconds", "tokens_per_second"}
 
 
 def start(workdir, *arguments, devices=1):

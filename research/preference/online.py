@@ -21,10 +21,10 @@ import optax
 
 from research.config import RunConfig
 from research.errors import check
-from research.fit import Experiment, TrainState, accumulated, to_devices, unless_nonfinite
+from research.fit import Experiment, TrainState, accumulated, unless_nonfinite
 from research.generation import Sampling
 from research.kernels.dispatch import place
-from research.mesh import row_spec
+from research.mesh import row_spec, to_devices
 from research.metrics import Mean
 from research.models.decoder import Decoder
 from research.preference import methods, oracles, updates
